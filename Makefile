@@ -1,0 +1,60 @@
+# `make demo` and `make test` do all set-up on a fresh machine (Python 3.11, g++, CMake, pip).
+#
+#   TORCH   what to install as PyTorch       make test TORCH="torch==2.12.*"
+#   VENV    the virtual environment to use   make test VENV=/path/to/venv
+#   OUTPUT  where the demo writes            make demo OUTPUT=outputs/mine
+#   SEED    seed of the demo                 make demo SEED=1
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+OUTPUT ?= outputs/demo
+SEED ?= 0
+BIN := $(VENV)/bin
+NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test test-all lint format seeds clean help
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@echo "targets: demo test test-all lint format seeds clean"
+
+# A PyTorch that is already in the environment is kept.
+$(VENV)/.torch:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)" \
+		|| $(BIN)/python -m pip install "$(TORCH)"
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.torch $(NATIVE)
+	$(BIN)/python -m pip install -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/driftar train --output $(OUTPUT) --dataset digits --seed $(SEED)
+	$(BIN)/driftar sample --output $(OUTPUT)
+	$(BIN)/driftar report --output $(OUTPUT)
+
+# The same for seeds 0, 1 and 2, and their common table.
+seeds: $(VENV)/.ready
+	for seed in 0 1 2; do $(MAKE) demo OUTPUT=outputs/seed_$$seed SEED=$$seed || exit 1; done
+	$(BIN)/driftar report outputs/seed_0 outputs/seed_1 outputs/seed_2 --output outputs/seeds
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/pre-commit run clang-format --all-files
+
+clean:
+	rm -rf build driftar_kernels/_C*.so *.egg-info $(VENV)/.ready

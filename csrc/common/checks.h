@@ -1,0 +1,69 @@
+#pragma once
+
+// Argument checks of the native bindings. The Python functions have already explained most
+// mistakes; these make a direct torch.ops call, and every tensor value, memory-safe. Shapes and
+// ranges raise ValueError, dtypes TypeError.
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace driftar {
+
+inline bool is_floating(at::ScalarType type) {
+  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
+}
+
+// fp32 statistics, fp64 for fp64 inputs.
+inline at::ScalarType accumulation_type(at::ScalarType type) {
+  return type == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline void check_floating(const char* op, const char* name, const at::Tensor& x) {
+  TORCH_CHECK_TYPE(is_floating(x.scalar_type()), op, ": ", name,
+                   " must be fp32, bf16, fp16 or fp64, got ", x.scalar_type());
+}
+
+inline void check_like(const char* op, const char* name, const at::Tensor& x,
+                       const at::Tensor& model) {
+  TORCH_CHECK_TYPE(x.scalar_type() == model.scalar_type(), op, ": ", name, " must have dtype ",
+                   model.scalar_type(), ", got ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.device() == model.device(), op, ": ", name, " must be on ", model.device(),
+                    ", got ", x.device());
+}
+
+inline void check_shape(const char* op, const char* name, const at::Tensor& x,
+                        at::IntArrayRef expected) {
+  TORCH_CHECK_VALUE(x.sizes() == expected, op, ": ", name, " must have shape ", expected, ", got ",
+                    x.sizes());
+}
+
+inline void check_rank(const char* op, const char* name, const at::Tensor& x, int64_t rank) {
+  TORCH_CHECK_VALUE(x.dim() == rank, op, ": ", name, " must have ", rank, " dimensions, got shape ",
+                    x.sizes());
+}
+
+inline void check_integer(const char* op, const char* name, const at::Tensor& x) {
+  TORCH_CHECK_TYPE(at::isIntegralType(x.scalar_type(), /*includeBool=*/false), op, ": ", name,
+                   " must have an integer dtype, got ", x.scalar_type());
+}
+
+// Parents [1 | batch, nodes] as contiguous int64 with every value an earlier node or -1.
+inline at::Tensor checked_parents(const char* op, const at::Tensor& parents, int64_t batch) {
+  check_integer(op, "parents", parents);
+  check_rank(op, "parents", parents, 2);
+  TORCH_CHECK_VALUE(parents.size(0) == 1 || parents.size(0) == batch, op,
+                    ": parents must hold 1 or ", batch, " trees, got ", parents.size(0));
+  const at::Tensor values = parents.to(at::kLong).contiguous();
+  const int64_t nodes = values.size(1);
+  const int64_t* data = values.const_data_ptr<int64_t>();
+  for (int64_t index = 0; index < values.numel(); ++index) {
+    const int64_t node = index % nodes;
+    TORCH_CHECK_VALUE(data[index] >= -1 && data[index] < node, op,
+                      ": parents must be -1 or an earlier node, got ", data[index], " for node ",
+                      node, " of tree ", index / nodes);
+  }
+  return values;
+}
+
+}  // namespace driftar

@@ -1,0 +1,322 @@
+#include "attention.h"
+
+#include "../common/checks.h"
+#include "../common/dispatch.h"
+#include "../common/tree_layout.h"
+#include "parallel.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <string_view>
+#include <vector>
+
+namespace driftar::cpu {
+
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+EntropyKind entropy_kind(std::string_view name) {
+  if (name == "head") return EntropyKind::head;
+  if (name == "map") return EntropyKind::map;
+  TORCH_CHECK_VALUE(name == "none", "attention: entropy must be 'head', 'map' or 'none', got ",
+                    name);
+  return EntropyKind::none;
+}
+
+template <typename T>
+Operand<const T> operand(const Tensor& x) {
+  return {x.const_data_ptr<T>(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+}
+
+// Per-sample values in [low, high]: checked when `what` names them, clamped otherwise.
+std::vector<int64_t> per_sample(const char* what, const Tensor& values, int64_t batch, int64_t low,
+                                int64_t high, bool check) {
+  check_integer("attention", what, values);
+  check_shape("attention", what, values, {batch});
+  TORCH_CHECK_VALUE(values.is_cpu(), "attention: ", what, " must be on the CPU like query");
+  const Tensor wide = values.to(at::kLong).contiguous();
+  const int64_t* data = wide.const_data_ptr<int64_t>();
+  std::vector<int64_t> result(batch);
+  for (int64_t b = 0; b < batch; ++b) {
+    TORCH_CHECK_VALUE(!check || (data[b] >= low && data[b] <= high), "attention: ", what,
+                      " must lie in [", low, ", ", high, "], got ", data[b], " for sample ", b);
+    result[b] = std::clamp(data[b], low, high);
+  }
+  return result;
+}
+
+// Everything that the forward and the backward call share, with the storage their pointers refer
+// to.
+struct Context {
+  int64_t batch, query_heads, key_heads, query_length, key_length, width, value_width;
+  EntropyKind entropy;
+  std::vector<int64_t> lengths, offsets;
+  std::vector<uint64_t> ancestors;
+  Tensor mask;
+  Visibility visibility;
+
+  Context(const Tensor& query, const Tensor& key, const Tensor& value,
+          const optional<Tensor>& attn_mask, const optional<Tensor>& query_offsets,
+          const optional<Tensor>& key_lengths, const optional<Tensor>& parents,
+          int64_t query_offset, bool is_causal, std::string_view entropy_name,
+          int64_t entropy_from) {
+    check_floating("attention", "query", query);
+    check_rank("attention", "query", query, 4);
+    check_rank("attention", "key", key, 4);
+    check_rank("attention", "value", value, 4);
+    check_like("attention", "key", key, query);
+    check_like("attention", "value", value, query);
+    batch = query.size(0), query_heads = query.size(1), query_length = query.size(2);
+    width = query.size(3), key_heads = key.size(1), key_length = key.size(2);
+    value_width = value.size(3);
+    check_shape("attention", "key", key, {batch, key_heads, key_length, width});
+    check_shape("attention", "value", value, {batch, key_heads, key_length, value_width});
+    TORCH_CHECK_VALUE(query_heads == key_heads || (key_heads > 0 && query_heads % key_heads == 0),
+                      "attention: the heads of query must be a multiple of those of key, got ",
+                      query_heads, " and ", key_heads);
+    TORCH_CHECK_VALUE(entropy_from >= 0, "attention: entropy_from must be at least 0, got ",
+                      entropy_from);
+    entropy = entropy_kind(entropy_name);
+
+    int64_t nodes = 0;
+    visibility = {};
+    if (parents) {
+      TORCH_CHECK_VALUE(!is_causal, "attention: is_causal must be False with tree");
+      nodes = parents->dim() == 2 ? parents->size(1) : -1;
+      TORCH_CHECK_VALUE(nodes == query_length && nodes <= key_length,
+                        "attention: parents must have shape [B, Lq] with Lq <= Lk, got ",
+                        parents->sizes());
+      const Tensor values = checked_parents("attention", *parents, batch);
+      const int64_t size = nodes * ancestor_words(nodes);
+      ancestors.assign(values.size(0) * size, 0);
+      for (int64_t b = 0; b < values.size(0); ++b) {
+        fill_ancestors(values.const_data_ptr<int64_t>() + b * nodes, nodes,
+                       ancestors.data() + b * size);
+      }
+      visibility.ancestors_batch = values.size(0) == 1 ? 0 : 1;
+      // A tree without nodes has no queries either; the pointer only says that there is a tree.
+      visibility.ancestors = nodes == 0 ? nullptr : ancestors.data();
+    }
+    const int64_t longest = key_length - nodes;
+    lengths = key_lengths ? per_sample("key_lengths", *key_lengths, batch, 0, longest, true)
+                          : std::vector<int64_t>(batch, longest);
+    const int64_t low = -query_length - 1;
+    offsets = query_offsets
+                  ? per_sample("query_offset", *query_offsets, batch, low, key_length, false)
+                  : std::vector<int64_t>(batch, std::clamp(query_offset, low, key_length));
+    visibility.key_length = lengths.data();
+    visibility.query_offset = offsets.data();
+    visibility.is_causal = is_causal;
+    if (attn_mask) set_mask(*attn_mask, query);
+  }
+
+  Context(const Context&) = delete;  // visibility points into this object
+  Context& operator=(const Context&) = delete;
+
+  void set_mask(const Tensor& attn_mask, const Tensor& query) {
+    const bool is_bool = attn_mask.scalar_type() == at::kBool;
+    TORCH_CHECK_TYPE(is_bool || at::isFloatingType(attn_mask.scalar_type()),
+                     "attention: attn_mask must be bool or floating point, got ",
+                     attn_mask.scalar_type());
+    TORCH_CHECK_VALUE(attn_mask.is_cpu() && attn_mask.dim() <= 4,
+                      "attention: attn_mask must be a CPU tensor of at most 4 dimensions");
+    const int64_t full[4] = {batch, query_heads, query_length, key_length};
+    for (int64_t d = 0; d < attn_mask.dim(); ++d) {
+      const int64_t size = attn_mask.size(d), whole = full[4 - attn_mask.dim() + d];
+      TORCH_CHECK_VALUE(size == 1 || size == whole,
+                        "attention: attn_mask must broadcast to [B, Hq, Lq, Lk], got ",
+                        attn_mask.sizes());
+    }
+    mask = (is_bool ? attn_mask : attn_mask.to(accumulation_type(query.scalar_type())))
+               .expand({batch, query_heads, query_length, key_length});
+    visibility.mask = mask.const_data_ptr();
+    visibility.mask_is_bool = is_bool;
+    visibility.mask_batch = mask.stride(0), visibility.mask_head = mask.stride(1);
+    visibility.mask_row = mask.stride(2), visibility.mask_column = mask.stride(3);
+  }
+
+  template <typename T>
+  void fill(AttentionShape<T>& call, const Tensor& query, const Tensor& key, const Tensor& value,
+            double scale, int64_t entropy_from) const {
+    call.batch = batch, call.query_heads = query_heads, call.key_heads = key_heads;
+    call.query_length = query_length, call.key_length = key_length;
+    call.width = width, call.value_width = value_width;
+    call.scale = static_cast<accumulate_t<T>>(scale);
+    call.entropy = entropy, call.entropy_from = entropy_from;
+    call.query = operand<T>(query), call.key = operand<T>(key), call.value = operand<T>(value);
+    call.visibility = visibility;
+  }
+
+  bool nothing_to_do() const { return batch == 0 || query_heads == 0 || query_length == 0; }
+};
+
+template <typename T>
+T* data_or_null(const Tensor& x) {
+  return x.numel() == 0 ? nullptr : x.mutable_data_ptr<T>();
+}
+
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                const optional<Tensor>& attn_mask,
+                                const optional<Tensor>& query_offsets,
+                                const optional<Tensor>& key_lengths,
+                                const optional<Tensor>& parents, int64_t query_offset, double scale,
+                                bool is_causal, c10::string_view entropy, bool normalize,
+                                int64_t entropy_from) {
+  const Context context(query, key, value, attn_mask, query_offsets, key_lengths, parents,
+                        query_offset, is_causal, entropy, entropy_from);
+  const auto statistics = query.options().dtype(accumulation_type(query.scalar_type()));
+  const std::vector<int64_t> rows = {context.batch, context.query_heads, context.query_length};
+  const std::vector<int64_t> per_row =
+      context.entropy == EntropyKind::none ? std::vector<int64_t>{0} : rows;
+  const std::vector<int64_t> per_entropy =
+      context.entropy == EntropyKind::map ? std::vector<int64_t>{rows[0], rows[2]} : per_row;
+  const Tensor out = at::empty({rows[0], rows[1], rows[2], context.value_width}, query.options());
+  const Tensor lse = at::empty(rows, statistics), max_score = at::empty(rows, statistics);
+  const Tensor entropy_out = at::empty(per_entropy, statistics);
+  const Tensor entropy_norm = at::empty(per_entropy, statistics);
+  const Tensor entropy_lse = at::empty(per_row, statistics);
+  const Tensor entropy_cross = at::empty(per_row, statistics);
+  const ForwardResult result{out,         entropy_out,   lse,         max_score,
+                             entropy_lse, entropy_cross, entropy_norm};
+  if (context.nothing_to_do()) {
+    entropy_out.zero_(), entropy_norm.zero_();  // a map of no heads has entropy 0
+    return result;
+  }
+
+  dispatch_floating(query.scalar_type(), [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    using acc_t = accumulate_t<scalar_t>;
+    AttentionForward<scalar_t> call;
+    context.fill(call, query, key, value, scale, entropy_from);
+    call.normalize = normalize;
+    call.out = data_or_null<scalar_t>(out);
+    call.lse = data_or_null<acc_t>(lse), call.max_score = data_or_null<acc_t>(max_score);
+    call.entropy_out = data_or_null<acc_t>(entropy_out);
+    call.entropy_norm = data_or_null<acc_t>(entropy_norm);
+    call.entropy_lse = data_or_null<acc_t>(entropy_lse);
+    call.entropy_cross = data_or_null<acc_t>(entropy_cross);
+
+    const bool map = context.entropy == EntropyKind::map;
+    const int64_t slot_size = std::max(forward_scratch(call), map ? map_scratch(call) : int64_t{0});
+    const Tensor scratch = at::empty({thread_count(), slot_size}, statistics);
+    acc_t* memory = scratch.mutable_data_ptr<acc_t>();
+    dispatch_isa([&](auto isa) {
+      using Kernel = AttentionKernel<decltype(isa)::value, scalar_t>;
+      const int64_t tasks = call.batch * call.query_heads * blocks(call.query_length, kQueryBlock);
+      parallel_for(tasks, [&](int64_t task, int64_t slot) {
+        Kernel::forward(call, task, memory + slot * slot_size);
+      });
+      if (!map) return;
+      parallel_for(call.batch * blocks(call.query_length, kMapQueryBlock),
+                   [&](int64_t task, int64_t slot) {
+                     Kernel::map_entropy(call, task, memory + slot * slot_size);
+                   });
+    });
+  });
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad_out, const Tensor& grad_entropy, const Tensor& grad_lse, const Tensor& query,
+    const Tensor& key, const Tensor& value, const optional<Tensor>& attn_mask,
+    const optional<Tensor>& query_offsets, const optional<Tensor>& key_lengths,
+    const optional<Tensor>& parents, const Tensor& out, const Tensor& lse,
+    const Tensor& entropy_lse, const Tensor& entropy_cross, const Tensor& entropy_norm,
+    int64_t query_offset, double scale, bool is_causal, c10::string_view entropy,
+    int64_t entropy_from) {
+  const Context context(query, key, value, attn_mask, query_offsets, key_lengths, parents,
+                        query_offset, is_causal, entropy, entropy_from);
+  const std::vector<int64_t> rows = {context.batch, context.query_heads, context.query_length};
+  const bool map = context.entropy == EntropyKind::map;
+  check_shape("attention_backward", "grad_out", grad_out, out.sizes());
+  check_shape("attention_backward", "out", out, {rows[0], rows[1], rows[2], context.value_width});
+  check_like("attention_backward", "grad_out", grad_out, query);
+  check_like("attention_backward", "out", out, query);
+  check_shape("attention_backward", "grad_lse", grad_lse, rows);
+  check_shape("attention_backward", "lse", lse, rows);
+  const auto type = accumulation_type(query.scalar_type());
+  for (const Tensor* x :
+       {&grad_entropy, &grad_lse, &lse, &entropy_lse, &entropy_cross, &entropy_norm}) {
+    TORCH_CHECK_TYPE(x->scalar_type() == type, "attention_backward: statistics must be ", type);
+  }
+  if (context.entropy != EntropyKind::none) {
+    check_shape("attention_backward", "entropy_lse", entropy_lse, rows);
+    check_shape("attention_backward", "entropy_cross", entropy_cross, rows);
+    if (map) {
+      check_shape("attention_backward", "entropy_norm", entropy_norm, {rows[0], rows[2]});
+    } else {
+      check_shape("attention_backward", "entropy_norm", entropy_norm, rows);
+    }
+    check_shape("attention_backward", "grad_entropy", grad_entropy, entropy_norm.sizes());
+  }
+
+  const Tensor grad_query = at::empty(query.sizes(), query.options());
+  if (context.nothing_to_do() || context.key_length == 0) {
+    grad_query.zero_();
+    return {grad_query, at::zeros(key.sizes(), key.options()),
+            at::zeros(value.sizes(), value.options())};
+  }
+  const auto statistics = query.options().dtype(type);
+  const Tensor delta = ((grad_out.to(type) * out.to(type)).sum(-1) - grad_lse).contiguous();
+  const Tensor weight = context.entropy == EntropyKind::none
+                            ? grad_entropy
+                            : (grad_entropy * entropy_norm).contiguous();
+  const Tensor saved_lse = lse.contiguous(), saved_entropy_lse = entropy_lse.contiguous(),
+               saved_cross = entropy_cross.contiguous();
+
+  // Enough accumulators of the key and value gradients to occupy every thread, summed at the end.
+  const int64_t units = context.batch * (map ? 1 : context.key_heads);
+  const int64_t row_blocks = blocks(context.query_length, map ? kMapQueryBlock : kQueryBlock);
+  const int64_t splits = std::clamp<int64_t>(blocks(thread_count(), units), 1, row_blocks);
+  const auto accumulator = [&](const Tensor& x) {
+    return at::zeros({splits, x.size(0), x.size(1), x.size(2), x.size(3)}, statistics);
+  };
+  const Tensor grad_key = accumulator(key), grad_value = accumulator(value);
+
+  dispatch_floating(query.scalar_type(), [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    using acc_t = accumulate_t<scalar_t>;
+    AttentionBackward<scalar_t> call;
+    context.fill(call, query, key, value, scale, entropy_from);
+    call.lse = saved_lse.const_data_ptr<acc_t>();
+    call.entropy_lse = saved_entropy_lse.const_data_ptr<acc_t>();
+    call.entropy_cross = saved_cross.const_data_ptr<acc_t>();
+    call.entropy_weight = weight.const_data_ptr<acc_t>();
+    call.delta = delta.const_data_ptr<acc_t>();
+    call.grad_out = operand<scalar_t>(grad_out);
+    call.grad_query = grad_query.mutable_data_ptr<scalar_t>();
+    call.grad_key = grad_key.mutable_data_ptr<acc_t>();
+    call.grad_value = grad_value.mutable_data_ptr<acc_t>();
+    call.splits = splits;
+    const int64_t slot_size = backward_scratch(call);
+    const Tensor scratch = at::empty({thread_count(), slot_size}, statistics);
+    acc_t* memory = scratch.mutable_data_ptr<acc_t>();
+    dispatch_isa([&](auto isa) {
+      using Kernel = AttentionKernel<decltype(isa)::value, scalar_t>;
+      parallel_for(splits * units, [&](int64_t task, int64_t slot) {
+        Kernel::backward(call, task, memory + slot * slot_size);
+      });
+    });
+  });
+  const auto finish = [&](const Tensor& x) {
+    return (splits == 1 ? x.squeeze(0) : x.sum(0)).to(query.scalar_type());
+  };
+  return {grad_query, finish(grad_key), finish(grad_value)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(driftar, CPU, library) {
+  library.impl("attention_forward", &attention_forward);
+  library.impl("attention_backward", &attention_backward);
+}
+
+}  // namespace driftar::cpu

@@ -1,0 +1,149 @@
+#pragma once
+
+// Row-major matrix products for the block loops of the kernels, on ATen's vectors. BLAS is not used
+// because the PyTorch libraries export no portable entry to it, and its threads would fight with
+// ours. Only for files compiled per instruction set.
+
+#include "vector.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+namespace driftar::cpu {
+namespace {
+
+enum class Layout : bool { normal, transposed };
+
+// Register block: kRows x (2 vectors) accumulators, two vectors of B and one broadcast of A fit 32
+// (AVX-512) or 16 registers.
+template <typename T>
+constexpr int64_t kGemmColumns = 2 * Vector<T>::size();
+template <typename T>
+constexpr int64_t kGemmRows = sizeof(T) * Vector<T>::size() >= 64 ? 8 : 6;
+// Depth of a packed panel of B: 32 kB.
+template <typename T>
+constexpr int64_t kGemmDepth = 32768 / static_cast<int64_t>(sizeof(T)) / kGemmColumns<T>;
+
+// An operand of which element (i, p) is data[i * row + p * column].
+template <typename T>
+struct Strided {
+  const T* data;
+  int64_t row, column;
+};
+
+// c[ROWS, 2 vectors] = alpha a b + beta c
+template <int64_t ROWS, typename T>
+inline void gemm_block(int64_t depth, T alpha, Strided<T> a, const T* b, int64_t stride_b, T beta,
+                       T* c, int64_t stride_c) {
+  using V = Vector<T>;
+  V sums[ROWS][2];
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < ROWS; ++i) sums[i][0] = sums[i][1] = V(T(0));
+  for (int64_t p = 0; p < depth; ++p) {
+    const V left = V::loadu(b + p * stride_b), right = V::loadu(b + p * stride_b + V::size());
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < ROWS; ++i) {
+      const V factor(a.data[i * a.row + p * a.column]);
+      sums[i][0] = at::vec::fmadd(factor, left, sums[i][0]);
+      sums[i][1] = at::vec::fmadd(factor, right, sums[i][1]);
+    }
+  }
+  const V scale(alpha), keep(beta);
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < ROWS; ++i) {
+    for (int64_t half = 0; half < 2; ++half) {
+      T* target = c + i * stride_c + half * V::size();
+      V result = scale * sums[i][half];
+      if (beta != T(0)) result = result + keep * V::loadu(target);
+      result.store(target);
+    }
+  }
+}
+
+// gemm_block for a number of rows known at run time.
+template <int64_t ROWS, typename T>
+inline void gemm_rows(int64_t rows, int64_t depth, T alpha, Strided<T> a, const T* b,
+                      int64_t stride_b, T beta, T* c, int64_t stride_c) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS) {
+      gemm_block<ROWS>(depth, alpha, a, b, stride_b, beta, c, stride_c);
+    } else {
+      gemm_rows<ROWS - 1>(rows, depth, alpha, a, b, stride_b, beta, c, stride_c);
+    }
+  }
+}
+
+// packed[p, j] = b(p, j) for a panel of `columns` columns, filled up with zeros.
+template <typename T>
+inline void pack_panel(Strided<T> b, int64_t depth, int64_t columns, T* packed) {
+  constexpr int64_t width = kGemmColumns<T>, lanes = Vector<T>::size();
+  if (columns < width) std::fill(packed, packed + depth * width, T(0));
+  int64_t done = 0;  // depth already packed by square transposes
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<T, float>) {
+    if (b.row == 1 && columns == width) {
+      for (; done + lanes <= depth; done += lanes) {
+        for (int64_t j = 0; j < width; j += lanes) {
+          at::vec::transpose_mxn<float, lanes, lanes>(b.data + done + j * b.column, b.column,
+                                                      packed + done * width + j, width);
+        }
+      }
+    }
+  }
+#endif
+  for (int64_t p = done; p < depth; ++p) {
+    for (int64_t j = 0; j < columns; ++j) packed[p * width + j] = b.data[p * b.row + j * b.column];
+  }
+}
+
+// C[m, n] = alpha op(A) op(B) + beta C. op(A) is [m, k], op(B) is [k, n]; A and B are stored as [m,
+// k] and [k, n] (normal) or as [k, m] and [n, k] (transposed), each with its own row stride. C is
+// not read when beta is 0.
+template <typename T>
+void gemm(Layout layout_a, Layout layout_b, int64_t m, int64_t n, int64_t k, T alpha, const T* a,
+          int64_t stride_a, const T* b, int64_t stride_b, T beta, T* c, int64_t stride_c) {
+  constexpr int64_t width = kGemmColumns<T>, height = kGemmRows<T>;
+  const bool a_transposed = layout_a == Layout::transposed;
+  const bool b_transposed = layout_b == Layout::transposed;
+  const Strided<T> all_a{a, a_transposed ? 1 : stride_a, a_transposed ? stride_a : 1};
+  const Strided<T> all_b{b, b_transposed ? 1 : stride_b, b_transposed ? stride_b : 1};
+  alignas(64) T packed[kGemmDepth<T> * width];
+  alignas(64) T edge[height * width];
+
+  // At least one round, so that k = 0 still scales C.
+  for (int64_t start = 0; start == 0 || start < k; start += kGemmDepth<T>) {
+    const int64_t depth = std::min(kGemmDepth<T>, k - start);
+    const T factor = start == 0 ? beta : T(1);
+    for (int64_t column = 0; column < n; column += width) {
+      const int64_t columns = std::min(width, n - column);
+      const Strided<T> panel{all_b.data + start * all_b.row + column * all_b.column, all_b.row,
+                             all_b.column};
+      const bool in_place = !b_transposed && columns == width;
+      if (!in_place) pack_panel(panel, depth, columns, packed);
+      const T* values = in_place ? panel.data : packed;
+      const int64_t value_stride = in_place ? stride_b : width;
+      for (int64_t row = 0; row < m; row += height) {
+        const int64_t rows = std::min(height, m - row);
+        const Strided<T> left{all_a.data + row * all_a.row + start * all_a.column, all_a.row,
+                              all_a.column};
+        T* target = c + row * stride_c + column;
+        if (columns == width) {
+          gemm_rows<height>(rows, depth, alpha, left, values, value_stride, factor, target,
+                            stride_c);
+          continue;
+        }
+        gemm_rows<height>(rows, depth, alpha, left, values, value_stride, T(0), edge, width);
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t j = 0; j < columns; ++j) {
+            T& value = target[i * stride_c + j];
+            value = edge[i * width + j] + (factor == T(0) ? T(0) : factor * value);
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace driftar::cpu

@@ -1,0 +1,39 @@
+#pragma once
+
+// The entropy-parameterised prior on the CPU as its kernel sees it.
+
+#include "../common/accumulate.h"
+#include "isa.h"
+
+#include <cstdint>
+
+namespace driftar::cpu {
+
+// sigma(E) = sigma_max (exp(E / tau) - 1) / range, range = exp(entropy_max / tau) - 1
+struct SigmaMap {
+  double sigma_max, tau, entropy_max, range;
+};
+
+template <typename scalar_t>
+struct PriorCall {
+  using acc_t = accumulate_t<scalar_t>;
+  SigmaMap map;
+  int64_t width;
+  const acc_t* entropy;          // [rows]
+  const scalar_t *mean, *noise;  // [rows, width]
+  scalar_t* out;                 // [rows, width]
+};
+
+template <Isa isa, typename scalar_t>
+struct PriorKernel {
+  using acc_t = accumulate_t<scalar_t>;
+
+  // sigma[begin, end) of entropy[begin, end)
+  static void sigma(const SigmaMap& map, const scalar_t* entropy, int64_t begin, int64_t end,
+                    acc_t* sigma);
+
+  // out = mean + sigma(entropy) noise, rows [begin, end)
+  static void sample(const PriorCall<scalar_t>& call, int64_t begin, int64_t end);
+};
+
+}  // namespace driftar::cpu

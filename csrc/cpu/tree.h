@@ -1,0 +1,68 @@
+#pragma once
+
+// Draft trees on the CPU as their kernels see them: raw pointers and sizes, one sample per task.
+
+#include "../common/accumulate.h"
+#include "isa.h"
+
+#include <cstddef>
+#include <cstdint>
+
+namespace driftar::cpu {
+
+struct WalkCall {
+  int64_t nodes, max_depth;
+  const int64_t* parents;  // [B | 1, N], each -1 or an earlier node
+  int64_t parents_batch;   // 0 when one tree serves the batch
+  int64_t* length;         // [B]
+  int64_t* path;           // [B, max_depth]
+  int64_t* node;           // [B]
+};
+
+template <typename scalar_t>
+struct VerifyCall {
+  int64_t width;
+  accumulate_t<scalar_t> tolerance;
+  const scalar_t *draft, *target;  // [B, N, D], contiguous
+};
+
+// Widened to double, contiguous; shapes as in the Python function.
+struct ChainCall {
+  int64_t count, width;
+  const double *draft, *draft_mean, *draft_std, *target_mean, *target_std;
+  uint64_t seed;
+  int64_t* length;      // [B]
+  double* next_sample;  // [B, D]
+};
+
+// One cache [B, H, Lmax, D] of any dtype; strides in bytes. A row of D elements has `row_bytes`, or
+// is moved element by element when `column` is not the element size.
+struct CommitCall {
+  std::byte* cache;
+  int64_t heads, width, element, batch, head, row, column;
+  int64_t max_depth;
+  const int64_t *key_lengths, *path, *length;  // [B], [B, max_depth], [B]
+};
+
+// Scratch of one thread, in int64: level and survival of every node.
+inline int64_t walk_scratch(const WalkCall& call) { return 2 * call.nodes; }
+
+// A residual sample is abandoned after this many proposals; the emitted distribution then differs
+// from the target's by at most 1 / (e kMaxProposals) in total variation.
+constexpr int64_t kMaxProposals = int64_t{1} << 20;
+
+template <Isa isa>
+struct TreeKernel {
+  // accept bool [B, N]. Returns false when a surviving path is longer than max_depth.
+  static bool walk(const WalkCall& call, const bool* accept, int64_t b, int64_t* memory);
+
+  // accept[b, :] = ||draft - target|| <= tolerance
+  template <typename scalar_t>
+  static void agree(const VerifyCall<scalar_t>& call, int64_t nodes, int64_t b, bool* accept);
+
+  static void verify_chain(const ChainCall& call, int64_t b);
+
+  static void commit(const CommitCall& call, int64_t b);
+};
+
+}  // namespace driftar::cpu

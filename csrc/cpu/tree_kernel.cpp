@@ -1,0 +1,194 @@
+#include "tree.h"
+
+#include "../common/philox.h"
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cmath>
+#include <cstring>
+
+namespace driftar::cpu {
+
+namespace {
+
+bool finite(const double* x, int64_t count) {
+  for (int64_t d = 0; d < count; ++d) {
+    if (!std::isfinite(x[d])) return false;
+  }
+  return true;
+}
+
+bool equal(const double* a, const double* b, int64_t count) {
+  for (int64_t d = 0; d < count; ++d) {
+    if (a[d] != b[d]) return false;
+  }
+  return true;
+}
+
+// An isotropic Gaussian in D dimensions.
+struct Gaussian {
+  const double* mean;
+  double std;
+  bool usable(int64_t width) const { return std::isfinite(std) && std >= 0 && finite(mean, width); }
+};
+
+// log N(x; p) - log N(x; q), summed as differences per dimension.
+double log_ratio(const double* x, const Gaussian& p, const Gaussian& q, int64_t width) {
+  double sum = 0;
+  for (int64_t d = 0; d < width; ++d) {
+    const double from_q = (x[d] - q.mean[d]) / q.std, from_p = (x[d] - p.mean[d]) / p.std;
+    sum += (from_q - from_p) * (from_q + from_p);
+  }
+  return 0.5 * sum + width * (std::log(q.std) - std::log(p.std));
+}
+
+void sample_gaussian(const Gaussian& p, int64_t width, Philox& random, double* out) {
+  for (int64_t d = 0; d < width; ++d) out[d] = p.mean[d] + p.std * random.normal();
+}
+
+// Sample of (p - q)+, by proposing from p and keeping with probability 1 - min(1, q / p). The
+// densities depend on x = mean_p + std_p (a e + z), e along mean_p - mean_q and z orthogonal to it,
+// only through a and |z|^2, so that a proposal costs two random numbers whatever the dimension.
+void sample_residual(const Gaussian& p, const Gaussian& q, int64_t width, Philox& random,
+                     double* out) {
+  double squared = 0;
+  for (int64_t d = 0; d < width; ++d) {
+    squared += (p.mean[d] - q.mean[d]) * (p.mean[d] - q.mean[d]);
+  }
+  const double distance = std::sqrt(squared);
+  const double constant = width * (std::log(q.std) - std::log(p.std));
+  double along = 0, across = 0;
+  for (int64_t proposal = 0; proposal < kMaxProposals; ++proposal) {
+    along = random.normal();
+    across = random.chi_squared(width - 1);
+    const double shifted = (distance + p.std * along) / q.std, spread = p.std / q.std;
+    const double ratio =
+        0.5 * ((shifted - along) * (shifted + along) + (spread - 1) * (spread + 1) * across) +
+        constant;
+    if (random.uniform() < -std::expm1(-ratio)) break;
+  }
+
+  const auto direction = [&](int64_t d) {
+    return distance > 0 ? (p.mean[d] - q.mean[d]) / distance : (d == 0 ? 1.0 : 0.0);
+  };
+  double component = 0, remaining = 0;
+  for (int64_t d = 0; d < width; ++d) {
+    out[d] = random.normal();
+    component += out[d] * direction(d);
+  }
+  for (int64_t d = 0; d < width; ++d) {
+    out[d] -= component * direction(d);
+    remaining += out[d] * out[d];
+  }
+  const double stretch = across > 0 && remaining > 0 ? std::sqrt(across / remaining) : 0.0;
+  for (int64_t d = 0; d < width; ++d) {
+    out[d] = p.mean[d] + p.std * (along * direction(d) + stretch * out[d]);
+  }
+}
+
+}  // namespace
+
+template <Isa isa>
+bool TreeKernel<isa>::walk(const WalkCall& call, const bool* accept, int64_t b, int64_t* memory) {
+  const int64_t* parents = call.parents + b * call.parents_batch * call.nodes;
+  const bool* accepted = accept + b * call.nodes;
+  int64_t* level = memory;  // 1 for a root; 0 marks a dead node
+  int64_t best = -1, length = 0;
+  for (int64_t node = 0; node < call.nodes; ++node) {
+    const int64_t parent = parents[node];
+    const bool lives = accepted[node] && (parent < 0 || level[parent] > 0);
+    level[node] = !lives ? 0 : parent < 0 ? 1 : level[parent] + 1;
+    if (level[node] > length) {
+      length = level[node];
+      best = node;
+    }
+  }
+  if (length > call.max_depth) return false;
+  int64_t* path = call.path + b * call.max_depth;
+  for (int64_t step = length; step < call.max_depth; ++step) path[step] = -1;
+  call.length[b] = length;
+  call.node[b] = best;
+  for (int64_t step = length - 1; step >= 0; --step, best = parents[best]) path[step] = best;
+  return true;
+}
+
+template <Isa isa>
+template <typename scalar_t>
+void TreeKernel<isa>::agree(const VerifyCall<scalar_t>& call, int64_t nodes, int64_t b,
+                            bool* accept) {
+  using acc_t = accumulate_t<scalar_t>;
+  for (int64_t node = b * nodes; node < (b + 1) * nodes; ++node) {
+    const scalar_t* draft = call.draft + node * call.width;
+    const scalar_t* target = call.target + node * call.width;
+    double sum = 0;
+    for (int64_t d = 0; d < call.width; ++d) {
+      const double difference = static_cast<acc_t>(draft[d]) - static_cast<acc_t>(target[d]);
+      sum += difference * difference;
+    }
+    accept[node] = static_cast<acc_t>(std::sqrt(sum)) <= call.tolerance;  // false for NaN
+  }
+}
+
+template <Isa isa>
+void TreeKernel<isa>::verify_chain(const ChainCall& call, int64_t b) {
+  const int64_t width = call.width, count = call.count;
+  Philox random(call.seed, static_cast<uint64_t>(b));
+  double* out = call.next_sample + b * width;
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t at = b * count + k;
+    const double* draft = call.draft + at * width;
+    const Gaussian q{call.draft_mean + at * width, call.draft_std[at]};
+    const Gaussian p{call.target_mean + (at + b) * width, call.target_std[at + b]};
+    const double uniform = random.uniform();
+    const bool usable = finite(draft, width) && q.usable(width) && p.usable(width);
+    if (usable && p.std > 0 && q.std > 0) {
+      // Strictly less: a ratio that underflows to 0 is never accepted.
+      if (uniform < std::exp(std::fmin(log_ratio(draft, p, q, width), 0.0))) continue;
+      sample_residual(p, q, width, random, out);
+    } else {
+      const bool same_point = usable && p.std == 0 && q.std == 0 && equal(p.mean, q.mean, width) &&
+                              equal(draft, p.mean, width);
+      if (same_point) continue;
+      sample_gaussian(p, width, random, out);
+    }
+    call.length[b] = k;
+    return;
+  }
+  const int64_t last = b * (count + 1) + count;
+  const Gaussian p{call.target_mean + last * width, call.target_std[last]};
+  sample_gaussian(p, width, random, out);
+  call.length[b] = count;
+}
+
+template <Isa isa>
+void TreeKernel<isa>::commit(const CommitCall& call, int64_t b) {
+  const int64_t* path = call.path + b * call.max_depth;
+  for (int64_t step = 0; step < call.length[b]; ++step) {
+    // Paths increase and path[step] >= step, so a row is read before anything is written over it.
+    if (path[step] == step) continue;
+    for (int64_t h = 0; h < call.heads; ++h) {
+      std::byte* head = call.cache + b * call.batch + h * call.head;
+      const std::byte* source = head + (call.key_lengths[b] + path[step]) * call.row;
+      std::byte* target = head + (call.key_lengths[b] + step) * call.row;
+      if (call.column == call.element) {
+        std::memcpy(target, source, call.width * call.element);
+        continue;
+      }
+      for (int64_t d = 0; d < call.width; ++d) {
+        std::memcpy(target + d * call.column, source + d * call.column, call.element);
+      }
+    }
+  }
+}
+
+constexpr Isa kIsa = Isa::DRIFTAR_ISA;
+template struct TreeKernel<kIsa>;
+template void TreeKernel<kIsa>::agree<float>(const VerifyCall<float>&, int64_t, int64_t, bool*);
+template void TreeKernel<kIsa>::agree<double>(const VerifyCall<double>&, int64_t, int64_t, bool*);
+template void TreeKernel<kIsa>::agree<c10::BFloat16>(const VerifyCall<c10::BFloat16>&, int64_t,
+                                                     int64_t, bool*);
+template void TreeKernel<kIsa>::agree<c10::Half>(const VerifyCall<c10::Half>&, int64_t, int64_t,
+                                                 bool*);
+
+}  // namespace driftar::cpu

@@ -1,0 +1,115 @@
+#pragma once
+
+// Row primitives of the kernels on ATen's portable vectors. Only for files compiled per instruction
+// set. Rows are padded to a multiple of the vector width, so that no loop has a tail.
+
+#include <ATen/cpu/vec/vec.h>
+
+#include <cstdint>
+#include <limits>
+
+namespace driftar::cpu {
+namespace {
+
+template <typename T>
+using Vector = at::vec::Vectorized<T>;
+
+// The widest vector of any instruction set, in elements of T: buffers padded to it suit all of
+// them.
+template <typename T>
+constexpr int64_t padding = 64 / sizeof(T);
+
+template <typename T>
+constexpr int64_t padded(int64_t count) {
+  return (count + padding<T> - 1) / padding<T> * padding<T>;
+}
+
+template <typename T>
+T sum_of(const Vector<T>& vector) {
+  alignas(64) T lanes[Vector<T>::size()];
+  vector.store(lanes);
+  T sum = 0;
+  for (int lane = 0; lane < Vector<T>::size(); ++lane) sum += lanes[lane];
+  return sum;
+}
+
+// Maximum that returns NaN if there is one.
+template <typename T>
+T row_maximum(const T* row, int64_t count) {
+  Vector<T> best(-std::numeric_limits<T>::infinity());
+  for (int64_t i = 0; i < count; i += Vector<T>::size()) {
+    best = at::vec::maximum(best, Vector<T>::loadu(row + i));
+  }
+  alignas(64) T lanes[Vector<T>::size()];
+  best.store(lanes);
+  T result = lanes[0];
+  for (int lane = 1; lane < Vector<T>::size(); ++lane) {
+    result = (result != result || result > lanes[lane]) ? result : lanes[lane];
+  }
+  return result;
+}
+
+// exp(row - shift) of one vector; `exponent` receives row - shift. Its floor keeps exp(-inf) * -inf
+// from being NaN, and maximum keeps a NaN that is there.
+template <typename T>
+Vector<T> exponential_at(const T* row, Vector<T> shift, Vector<T>& exponent) {
+  exponent =
+      at::vec::maximum(Vector<T>::loadu(row) - shift, Vector<T>(std::numeric_limits<T>::lowest()));
+  return exponent.exp();
+}
+
+// exp(row - shift), its sum and the sum of exp(row - shift) (row - shift); -inf contributes 0 to
+// all. The exponentials are written to `out` unless it is null.
+template <typename T>
+void row_exponentials(const T* row, int64_t count, T shift, T* out, T& total, T& moment) {
+  const Vector<T> offset(shift);
+  Vector<T> totals(T(0)), moments(T(0)), x(T(0));
+  for (int64_t i = 0; i < count; i += Vector<T>::size()) {
+    const Vector<T> e = exponential_at(row + i, offset, x);
+    totals = totals + e;
+    moments = moments + e * x;
+    if (out != nullptr) e.store(out + i);
+  }
+  total = sum_of(totals);
+  moment = sum_of(moments);
+}
+
+// target += factor exp(row - shift)
+template <typename T>
+void row_add_exponentials(const T* row, int64_t count, T shift, T factor, T* target) {
+  const Vector<T> offset(shift), weight(factor);
+  Vector<T> exponent(T(0));
+  for (int64_t i = 0; i < count; i += Vector<T>::size()) {
+    const Vector<T> e = exponential_at(row + i, offset, exponent);
+    (Vector<T>::loadu(target + i) + weight * e).store(target + i);
+  }
+}
+
+// sum exp(row - shift) weights
+template <typename T>
+T row_dot_exponentials(const T* row, int64_t count, T shift, const T* weights) {
+  const Vector<T> offset(shift);
+  Vector<T> sum(T(0)), exponent(T(0));
+  for (int64_t i = 0; i < count; i += Vector<T>::size()) {
+    const Vector<T> e = exponential_at(row + i, offset, exponent);
+    sum = sum + e * Vector<T>::loadu(weights + i);
+  }
+  return sum_of(sum);
+}
+
+// In place; zeros give the logarithm of the smallest normal number.
+template <typename T>
+void row_logarithm(T* row, int64_t count) {
+  const Vector<T> floor(std::numeric_limits<T>::min());
+  for (int64_t i = 0; i < count; i += Vector<T>::size()) {
+    at::vec::maximum(Vector<T>::loadu(row + i), floor).log().store(row + i);
+  }
+}
+
+template <typename T>
+void row_scale(T* row, int64_t count, T factor) {
+  for (int64_t i = 0; i < count; ++i) row[i] *= factor;
+}
+
+}  // namespace
+}  // namespace driftar::cpu

@@ -1,0 +1,2 @@
+def build_info() -> dict[str, str]:
+    """Versions and instruction sets of this build."""

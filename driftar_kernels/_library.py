@@ -1,0 +1,60 @@
+"""Loads the compiled operators and attaches what only Python can give them: fakes and autograd.
+
+Importing the package never fails because the compiled library does not load: the reason is kept in
+``native_error``, reported once, and raised when a native backend is asked for by name.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "driftar"
+
+native_error: str | None = None
+build_info: dict[str, str] = {}
+
+try:
+    from . import _C
+
+    build_info = _C.build_info()
+    if build_info["problem"]:
+        raise ImportError(build_info["problem"])
+except (ImportError, OSError) as error:
+    native_error = (
+        "the compiled library driftar_kernels._C did not load with "
+        f"PyTorch {torch.__version__}: {error}"
+    )
+    warnings.warn(
+        f"driftar_kernels: {native_error}. The slower reference backend runs instead; "
+        "reinstall with `pip install -e .` to build the kernels for this PyTorch.",
+        stacklevel=3,
+    )
+
+
+def register_fake(op: str, function: Callable[..., Any]) -> None:
+    """Attach the shape function of a native operator, if it was built."""
+    if native_error is None:
+        torch.library.register_fake(f"{NAMESPACE}::{op}", function)
+
+
+def register_autograd(
+    op: str, backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> None:
+    """Attach the gradient formula of a native operator, if it was built."""
+    if native_error is None:
+        torch.library.register_autograd(f"{NAMESPACE}::{op}", backward, setup_context=setup_context)
+
+
+def native(op: str) -> Any:
+    """The registered operator, as ``torch.ops.driftar.<op>``."""
+    return getattr(getattr(torch.ops, NAMESPACE), op).default
+
+
+def define_reference(op: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register plain PyTorch code as an opaque operator, for control flow that cannot be traced."""
+    custom = torch.library.custom_op(f"{NAMESPACE}::{op}", function, mutates_args=())
+    custom.register_fake(fake)

@@ -1,0 +1,268 @@
+"""The multi-temperature drifting field of *Generative Modeling via Drifting* (arXiv 2602.04770).
+
+Derivation, memory and numerics: docs/ops/drift.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks, _library, backends
+from .reference import drift as reference
+
+NORMALIZATIONS = ("bilateral",)
+MAX_KEPT_PER_PROBLEM = 1 << 18  # elements of one problem's N x M distances
+MAX_KEPT = 1 << 26  # elements of all of them
+
+
+class DriftField(NamedTuple):
+    """Result of :func:`drift_field`.
+
+    Attributes:
+        force: ``[B, N, S]``, in units of ``max(scale / sqrt(S), 1e-3)``; fp32 (fp64 for fp64
+            inputs).
+        scale: scalar, weighted mean distance over the whole batch.
+        norms: ``[T]``, mean squared raw force of every temperature: the curve to watch in training.
+    """
+
+    force: Tensor
+    scale: Tensor
+    norms: Tensor
+
+
+def drift_field(
+    gen: Tensor,
+    pos: Tensor,
+    neg: Tensor | None = None,
+    *,
+    temperatures: Sequence[float] = (0.02, 0.05, 0.2),
+    gen_weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    neg_weight: Tensor | None = None,
+    normalization: str = "bilateral",
+    group: torch.distributed.ProcessGroup | None = None,
+) -> DriftField:
+    """Force that moves generated samples towards data and away from each other.
+
+    Each generated sample is attracted by the positives and repelled by the other generated samples
+    and the negatives, with weights exp(-distance / (temperature * scale)) normalised over rows and
+    columns (geometric mean of both softmaxes) and balanced so that the field is anti-symmetric.
+    Every temperature is normalised to unit RMS over the batch; the forces are summed. No gradient
+    flows.
+
+    Args:
+        gen: ``[B, N, S]``, generated samples; B independent problems. fp32, bf16, fp16 (computed in
+            fp32) or fp64.
+        pos: ``[B, P, S]``, data; P = 0 gives force 0.
+        neg: ``[B, Q, S]``, further samples to be repelled by, or None.
+        temperatures: at least one, finite and > 0, in units of ``scale``.
+        gen_weight, pos_weight, neg_weight: ``[B, N]``, ``[B, P]``, ``[B, Q]``, finite and >= 0; 1
+            by default.
+        normalization: "bilateral", the published one.
+        group: process group over which ``scale`` and the norms are all-reduced, so that
+            data-parallel training equals one process on the whole batch.
+
+    Returns:
+        :class:`DriftField`.
+
+    Raises:
+        TypeError: a dtype is not supported, or dtypes differ.
+        ValueError: a shape, device or value is wrong; B, N or S is 0.
+    """
+    op = "drift_field"
+    values = _check(
+        op, gen, pos, neg, gen_weight, pos_weight, neg_weight, temperatures, normalization
+    )
+    gen, pos = gen.detach(), pos.detach()
+    neg = None if neg is None else neg.detach()
+    weight = _stack_weights(gen, pos, neg, gen_weight, pos_weight, neg_weight)
+    backend = backends.select(op, gen.device)
+    with torch.no_grad(), torch.autocast(gen.device.type, enabled=False):
+        if backend == "reference":
+            _, sums = reference.drift_distances(gen, pos, neg, weight)
+        else:
+            distances, sums = _library.native("drift_distances")(
+                gen, pos, neg, weight, _keep_distances(gen, weight)
+            )
+        sums = _all_reduce(sums, group)
+        scale = sums[0] / sums[1].clamp(min=torch.finfo(sums.dtype).tiny)
+        if backend == "reference":
+            raw, squares = reference.drift_force(gen, pos, neg, weight, scale, values)
+        else:
+            raw, squares = _library.native("drift_force")(
+                gen, pos, neg, weight, distances, scale, values
+            )
+        count = squares.new_full((1,), gen.numel())
+        totals = _all_reduce(torch.cat([squares, count]), group)
+        norms = totals[:-1] / totals[-1]
+        force = torch.einsum("tbns,t->bns", raw, norms.clamp(min=reference.MIN_MEAN_SQUARE).rsqrt())
+    return DriftField(force, scale, norms)
+
+
+def drift_loss(
+    gen: Tensor,
+    pos: Tensor,
+    neg: Tensor | None = None,
+    *,
+    temperatures: Sequence[float] = (0.02, 0.05, 0.2),
+    gen_weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    neg_weight: Tensor | None = None,
+    normalization: str = "bilateral",
+    group: torch.distributed.ProcessGroup | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Squared distance between ``gen / scale_inputs`` and its drifted, constant goal.
+
+    The value is the mean squared force, flat by construction (each temperature has unit RMS): watch
+    :attr:`DriftField.norms` instead. Its gradient, to ``gen`` only, is
+    ``-2 force / (N S scale_inputs)`` up to the reduction, ``scale_inputs = max(scale / sqrt(S),
+    1e-3)``.
+
+    Args:
+        reduction: "mean" over the B problems gives a scalar, "none" gives ``[B]``. All other
+            arguments as in :func:`drift_field`.
+
+    Returns:
+        Scalar or ``[B]``, fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError, ValueError: as :func:`drift_field`, or an unknown ``reduction``.
+    """
+    _checks.choice("drift_loss", "reduction", reduction, ("mean", "none"))
+    field = drift_field(
+        gen,
+        pos,
+        neg,
+        temperatures=temperatures,
+        gen_weight=gen_weight,
+        pos_weight=pos_weight,
+        neg_weight=neg_weight,
+        normalization=normalization,
+        group=group,
+    )
+    # gen - detach(gen) is exactly 0 and carries the gradient; gen minus its goal would cancel.
+    unit = reference.input_scale(field.scale, gen.shape[2])
+    wide = gen.to(field.force.dtype)
+    loss = ((wide - wide.detach()) / unit - field.force).square().mean((1, 2))
+    return loss.mean() if reduction == "mean" else loss
+
+
+def _check(
+    op: str,
+    gen: Tensor,
+    pos: Tensor,
+    neg: Tensor | None,
+    gen_weight: Tensor | None,
+    pos_weight: Tensor | None,
+    neg_weight: Tensor | None,
+    temperatures: Sequence[float],
+    normalization: str,
+) -> list[float]:
+    _checks.tensor(op, "gen", gen, rank=3)
+    batch, count, features = gen.shape
+    for dimension, size in (("B", batch), ("N", count), ("S", features)):
+        if size == 0:
+            raise ValueError(
+                f"{op}: gen must not be empty, got {dimension} = 0 in {list(gen.shape)}"
+            )
+    samples = {"gen": gen, "pos": pos} | ({} if neg is None else {"neg": neg})
+    weights = {"gen": gen_weight, "pos": pos_weight, "neg": neg_weight}
+    for name, x in samples.items():
+        _checks.tensor(op, name, x, rank=3)
+        _checks.shape(op, name, x, (batch, x.shape[1], features), f"[B, {name[0].upper()}, S]")
+    _checks.same_device(op, **samples)
+    _checks.floating(op, **samples)
+    for name, weight in weights.items():
+        if weight is None:
+            continue
+        label = f"{name}_weight"
+        if name not in samples:
+            raise ValueError(f"{op}: {label} must be None without {name}")
+        _checks.tensor(op, label, weight)
+        if not weight.dtype.is_floating_point:
+            raise TypeError(f"{op}: {label} must be floating point, got {weight.dtype}")
+        _checks.shape(
+            op, label, weight, samples[name].shape[:2], f"{list(samples[name].shape[:2])}"
+        )
+        _checks.same_device(op, gen=gen, **{label: weight})
+        if _checks.readable(weight) and not bool(((weight >= 0) & (weight < torch.inf)).all()):
+            raise ValueError(f"{op}: {label} must be finite and >= 0")
+    _checks.choice(op, "normalization", normalization, NORMALIZATIONS)
+    if isinstance(temperatures, (str, Tensor)) or not isinstance(temperatures, Sequence):
+        raise TypeError(
+            f"{op}: temperatures must be a sequence of numbers, got {type(temperatures).__name__}"
+        )
+    if len(temperatures) == 0:
+        raise ValueError(f"{op}: temperatures must hold at least one value")
+    values = [float(_checks.number(op, "temperatures", value)) for value in temperatures]
+    if min(values) <= 0:
+        raise ValueError(f"{op}: temperatures must be > 0, got {min(values)}")
+    return values
+
+
+def _stack_weights(
+    gen: Tensor,
+    pos: Tensor,
+    neg: Tensor | None,
+    gen_weight: Tensor | None,
+    pos_weight: Tensor | None,
+    neg_weight: Tensor | None,
+) -> Tensor:
+    """Weights of all points ``[B, M]`` in the order gen, neg, pos."""
+    dtype = torch.promote_types(gen.dtype, torch.float32)
+    pairs = [(gen, gen_weight), (neg, neg_weight), (pos, pos_weight)]
+    return torch.cat(
+        [
+            torch.ones(x.shape[:2], dtype=dtype, device=x.device)
+            if w is None
+            else w.detach().to(dtype)
+            for x, w in pairs
+            if x is not None
+        ],
+        dim=1,
+    )
+
+
+def _all_reduce(values: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
+    if group is not None:
+        torch.distributed.all_reduce(values, group=group)
+    return values
+
+
+def _keep_distances(gen: Tensor, weight: Tensor) -> bool:
+    """Many small problems keep their N x M distances between the two passes, large ones recompute
+    them.
+    """
+    batch, count, points = gen.shape[0], gen.shape[1], weight.shape[1]
+    return count * points <= MAX_KEPT_PER_PROBLEM and batch * count * points <= MAX_KEPT
+
+
+def _distances_fake(
+    gen: Tensor, pos: Tensor, neg: Tensor | None, weight: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(gen.dtype, torch.float32)
+    shape = (gen.shape[0] if keep else 0, gen.shape[1], weight.shape[1])
+    return gen.new_empty(shape, dtype=dtype), gen.new_empty(2, dtype=dtype)
+
+
+def _force_fake(
+    gen: Tensor,
+    pos: Tensor,
+    neg: Tensor | None,
+    weight: Tensor,
+    distances: Tensor,
+    scale: Tensor,
+    temperatures: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(gen.dtype, torch.float32)
+    count = len(temperatures)
+    return gen.new_empty(count, *gen.shape, dtype=dtype), gen.new_empty(count, dtype=dtype)
+
+
+_library.register_fake("drift_distances", _distances_fake)
+_library.register_fake("drift_force", _force_fake)

@@ -1,0 +1,151 @@
+"""The entropy-parameterised Gaussian prior of Drift-AR (Eqs. 6 and 7 of arXiv 2603.28049)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks, _library, backends
+from .reference import prior as reference
+
+
+def entropy_to_sigma(
+    entropy: Tensor, *, sigma_max: float = 0.5, tau: float = 2.0, entropy_max: float = 1.0
+) -> Tensor:
+    r"""Standard deviation of the prior from a normalised entropy (Eq. 6).
+
+    .. math:: \sigma(E) = \sigma_{max} \frac{e^{E/\tau} - 1}{e^{E_{max}/\tau} - 1}
+
+    with E clamped to [0, entropy_max] and the result to [0, sigma_max]. The paper calls it a
+    variance; it is used as a standard deviation, there and here.
+
+    Args:
+        entropy: any shape.
+        sigma_max: >= 0.
+        tau: curvature; negative is concave, 0 is not allowed.
+        entropy_max: > 0, upper end of the input range.
+
+    Returns:
+        Same shape, fp32 (fp64 for fp64 input).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or range.
+    """
+    _checks.tensor("entropy_to_sigma", "entropy", entropy)
+    _checks.floating("entropy_to_sigma", entropy=entropy)
+    settings = _check_settings("entropy_to_sigma", sigma_max, tau, entropy_max)
+    if backends.select("entropy_to_sigma", entropy.device) == "reference":
+        return reference.entropy_to_sigma(entropy, *settings)
+    result: Tensor = _library.native("entropy_to_sigma")(entropy, *settings)
+    return result
+
+
+def entropy_prior(
+    mean: Tensor,
+    entropy: Tensor,
+    noise: Tensor,
+    *,
+    sigma_max: float = 0.5,
+    tau: float = 2.0,
+    entropy_max: float = 1.0,
+) -> Tensor:
+    """Sample of the prior (Eq. 7): ``mean + sigma(entropy) * noise``.
+
+    Args:
+        mean: ``[..., C]``, the projected features.
+        entropy: ``[...]``, one normalised entropy per position.
+        noise: shape and dtype of mean, standard normal.
+        sigma_max, tau, entropy_max: see :func:`entropy_to_sigma`.
+
+    Returns:
+        Shape and dtype of mean. Gradients reach mean, entropy and noise.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or range.
+    """
+    op = "entropy_prior"
+    _checks.tensor(op, "mean", mean)
+    _checks.tensor(op, "entropy", entropy)
+    _checks.tensor(op, "noise", noise)
+    _checks.same_device(op, mean=mean, entropy=entropy, noise=noise)
+    _checks.floating(op, mean=mean, noise=noise)
+    _checks.floating(op, entropy=entropy)
+    if mean.dim() == 0:
+        raise ValueError(f"{op}: mean must have at least 1 dimension, got shape []")
+    _checks.shape(op, "noise", noise, mean.shape, "[..., C]")
+    _checks.shape(op, "entropy", entropy, mean.shape[:-1], "[...]")
+    settings = _check_settings(op, sigma_max, tau, entropy_max)
+    if backends.select(op, mean.device) == "reference":
+        return reference.entropy_prior(mean, entropy, noise, *settings)
+    result: Tensor = _library.native(op)(mean, entropy, noise, *settings)
+    return result
+
+
+def _check_settings(
+    op: str, sigma_max: float, tau: float, entropy_max: float
+) -> tuple[float, float, float]:
+    if _checks.number(op, "sigma_max", sigma_max) < 0:
+        raise ValueError(f"{op}: sigma_max must be >= 0, got {sigma_max}")
+    if _checks.number(op, "tau", tau) == 0:
+        raise ValueError(f"{op}: tau must not be 0")
+    if _checks.number(op, "entropy_max", entropy_max) <= 0:
+        raise ValueError(f"{op}: entropy_max must be > 0, got {entropy_max}")
+    if entropy_max / tau > 700:
+        raise ValueError(
+            f"{op}: tau must be larger; exp(entropy_max / tau) overflows for tau = {tau}"
+        )
+    return float(sigma_max), float(tau), float(entropy_max)
+
+
+def _sigma_gradient(entropy: Tensor, sigma_max: float, tau: float, entropy_max: float) -> Tensor:
+    """d sigma / d E, zero where E is clamped."""
+    slope = sigma_max / (tau * reference.exponential_range(tau, entropy_max))
+    inside = (entropy >= 0) & (entropy <= entropy_max)
+    return torch.where(inside, slope * torch.exp(entropy / tau), 0.0)
+
+
+def _sigma_fake(entropy: Tensor, sigma_max: float, tau: float, entropy_max: float) -> Tensor:
+    return entropy.new_empty(entropy.shape, dtype=torch.promote_types(entropy.dtype, torch.float32))
+
+
+def _sigma_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    entropy, *ctx.settings = inputs
+    ctx.save_for_backward(entropy)
+
+
+def _sigma_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (entropy,) = ctx.saved_tensors
+    slope = _sigma_gradient(entropy.to(grad.dtype), *ctx.settings)
+    return ((grad * slope).to(entropy.dtype), None, None, None)
+
+
+def _prior_fake(
+    mean: Tensor, entropy: Tensor, noise: Tensor, sigma_max: float, tau: float, entropy_max: float
+) -> Tensor:
+    return mean.new_empty(mean.shape)
+
+
+def _prior_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, entropy, noise, *ctx.settings = inputs
+    ctx.save_for_backward(entropy, noise)
+
+
+def _prior_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    entropy, noise = ctx.saved_tensors
+    grad_entropy = grad_noise = None
+    wide = entropy.to(torch.promote_types(entropy.dtype, torch.float32))
+    if ctx.needs_input_grad[1]:
+        product = (grad.to(wide.dtype) * noise).sum(-1)
+        grad_entropy = (product * _sigma_gradient(wide, *ctx.settings)).to(entropy.dtype)
+    if ctx.needs_input_grad[2]:
+        sigma = reference.entropy_to_sigma(wide, *ctx.settings)
+        grad_noise = (grad * sigma[..., None]).to(noise.dtype)
+    return (grad, grad_entropy, grad_noise, None, None, None)
+
+
+_library.register_fake("entropy_to_sigma", _sigma_fake)
+_library.register_autograd("entropy_to_sigma", _sigma_backward, _sigma_setup)
+_library.register_fake("entropy_prior", _prior_fake)
+_library.register_autograd("entropy_prior", _prior_backward, _prior_setup)
