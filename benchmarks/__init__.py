@@ -1,0 +1,3 @@
+"""Micro-benchmarks of the operators against named peers, with floors. Run with ``pytest
+benchmarks/``.
+"""
