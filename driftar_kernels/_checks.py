@@ -3,6 +3,7 @@ was and what it should be. Shapes and ranges raise ValueError, types and dtypes 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -58,7 +59,8 @@ def number(op: str, name: str, value: object) -> float:
     """A finite real number."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if isinstance(value, (int, float)) and not math.isfinite(value):
+    # Comparisons, unlike math.isfinite, also work on the symbolic numbers of dynamic compilation.
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{op}: {name} must be finite, got {value}")
     return value  # type: ignore[return-value]
 
@@ -85,6 +87,20 @@ def readable(value: Tensor) -> bool:
     tracing.
     """
     return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast asks for on ``device``, or None outside of autocast."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A context in which plain PyTorch code computes in the dtypes it is given."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _shape(value: Tensor) -> list[int]:

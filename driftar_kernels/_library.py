@@ -42,7 +42,9 @@ def register_fake(op: str, function: Callable[..., Any]) -> None:
 
 
 def register_autograd(
-    op: str, backward: Callable[..., Any], setup_context: Callable[..., None]
+    op: str,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
 ) -> None:
     """Attach the gradient formula of a native operator, if it was built."""
     if native_error is None:

@@ -85,7 +85,7 @@ def attention(
         nothing gives out 0, entropy 0, lse and max_score -inf and zero gradients. A NaN or +inf
         among the visible scores of a row makes its out and entropy NaN, and no other row's.
         Gradients reach query, key and value from out, entropy and lse alike; second derivatives
-        raise.
+        raise (the reference backend has them).
 
     Raises:
         TypeError: a dtype or type is not supported, or dtypes differ.
@@ -102,14 +102,13 @@ def attention(
     else:
         _checks.number("attention", "scale", scale)
 
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = _checks.autocast_dtype(query.device)
+    if dtype is not None:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     backend = backends.select("attention", query.device)
     if backend == "reference":
         _check_lengths(key, key_lengths, parents)
-        with torch.autocast(device, enabled=False):
+        with _checks.without_autocast(query.device):
             return AttentionOutput(
                 *reference.attention(
                     query,
@@ -171,7 +170,7 @@ def _check(
     for name, x in (("query", query), ("key", key), ("value", value)):
         _checks.tensor(op, name, x, rank=4)
     _checks.same_device(op, query=query, key=key, value=value)
-    if not torch.is_autocast_enabled(query.device.type):
+    if _checks.autocast_dtype(query.device) is None:
         _checks.floating(op, query=query, key=key, value=value)
     batch, query_heads, query_length, width = query.shape
     _, key_heads, key_length, _ = key.shape
@@ -319,6 +318,14 @@ def _backward(
     return (*gradients, *(None,) * 10)
 
 
+def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
+    raise NotImplementedError(
+        "attention: second derivatives are not provided by this backend; "
+        "use_backend('reference') computes them"
+    )
+
+
 _library.register_fake("attention_forward", _forward_fake)
 _library.register_fake("attention_backward", _backward_fake)
 _library.register_autograd("attention_forward", _backward, _setup_context)
+_library.register_autograd("attention_backward", _no_second_derivative)

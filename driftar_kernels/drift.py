@@ -81,7 +81,7 @@ def drift_field(
     neg = None if neg is None else neg.detach()
     weight = _stack_weights(gen, pos, neg, gen_weight, pos_weight, neg_weight)
     backend = backends.select(op, gen.device)
-    with torch.no_grad(), torch.autocast(gen.device.type, enabled=False):
+    with torch.no_grad(), _checks.without_autocast(gen.device):
         if backend == "reference":
             _, sums = reference.drift_distances(gen, pos, neg, weight)
         else:

@@ -68,7 +68,9 @@ class DraftTree:
             raise ValueError(
                 f"DraftTree: parents must have shape [N] or [B, N], got {list(parents.shape)}"
             )
-        parents = parents.to(torch.int64)
+        parents = parents.to(
+            torch.int64, copy=True
+        )  # later writes to the input do not reach the tree
         self.parents = parents if parents.dim() == 2 else parents[None]
         self.num_nodes: int = self.parents.shape[1]
         self.max_depth: int = self.num_nodes
@@ -185,8 +187,8 @@ def verify_tree(tree: DraftTree, draft: Tensor, target: Tensor, *, tolerance: fl
     _checks.tensor(op, "target", target)
     _checks.same_device(op, draft=draft, target=target)
     _checks.floating(op, draft=draft, target=target)
-    _checks.shape(op, "target", target, draft.shape, "[B, N, D]")
     _check_tree(op, tree, draft.shape[0], draft.shape[1], draft.device, "draft")
+    _checks.shape(op, "target", target, draft.shape, "[B, N, D]")
     if _checks.number(op, "tolerance", tolerance) < 0:
         raise ValueError(f"{op}: tolerance must be >= 0, got {tolerance}")
     if backends.select(op, draft.device) == "reference":
@@ -309,6 +311,9 @@ def commit_path(
         _check_path(capacity, key_lengths, path, length)
         return reference.commit_path(key_cache, value_cache, key_lengths, path, length)
     result: Tensor = _library.native(op)(key_cache, value_cache, key_lengths, path, length)
+    if not torch.compiler.is_compiling():
+        # Autograd must see the write; compiled code is functionalised and needs no counter.
+        torch.autograd.graph.increment_version((key_cache, value_cache))
     return result
 
 

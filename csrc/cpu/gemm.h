@@ -77,7 +77,8 @@ inline void gemm_rows(int64_t rows, int64_t depth, T alpha, Strided<T> a, const 
 // packed[p, j] = b(p, j) for a panel of `columns` columns, filled up with zeros.
 template <typename T>
 inline void pack_panel(Strided<T> b, int64_t depth, int64_t columns, T* packed) {
-  constexpr int64_t width = kGemmColumns<T>, lanes = Vector<T>::size();
+  constexpr int64_t width = kGemmColumns<T>;
+  [[maybe_unused]] constexpr int64_t lanes = Vector<T>::size();
   if (columns < width) std::fill(packed, packed + depth * width, T(0));
   int64_t done = 0;  // depth already packed by square transposes
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)

@@ -39,7 +39,7 @@ Isa active_isa() {
 
 const char* isa_name(Isa isa) {
   if (isa == Isa::avx512) return "avx512";
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DRIFTAR_PORTABLE)
   return "avx2";
 #else
   return "portable";
@@ -47,7 +47,7 @@ const char* isa_name(Isa isa) {
 }
 
 const char* isa_problem() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DRIFTAR_PORTABLE)
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {
     return "this processor has no AVX2 and FMA";
   }

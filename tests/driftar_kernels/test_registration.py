@@ -1,0 +1,204 @@
+"""Every registered operator passes ``torch.library.opcheck`` on real arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from driftar_kernels import (
+    DraftTree,
+    attention,
+    commit_path,
+    drift_field,
+    drift_loss,
+    entropy_prior,
+    entropy_to_sigma,
+    verify_chain,
+    verify_tree,
+    walk_tree,
+)
+from tests.helpers.inputs import (
+    CASES,
+    chain,
+    drift_inputs,
+    random_parents,
+    run_attention,
+    trainable,
+)
+from tests.helpers.recording import Call, record, registered
+
+ATTENTION_CASES = (
+    "plain",
+    "causal_tensor_offset",
+    "lengths_int32",
+    "mask_bool_qk",
+    "mask_float_b11k",
+    "gqa",
+    "value_wider",
+    "tree_lengths",
+    "everything",
+)
+
+
+def run_attention_case(name: str, entropy: str, dtype: torch.dtype) -> None:
+    case = CASES[name]
+    result = run_attention(*trainable(case.qkv(dtype=dtype)), case.keywords(), entropy=entropy)
+    total = result.out.sum() + result.lse.nan_to_num(neginf=0).sum()
+    (total if result.entropy is None else total + result.entropy.sum()).backward()
+
+
+def run_strided_attention() -> None:
+    query, key, value = (t.transpose(2, 3) for t in (torch.randn(2, 2, 8, n) for n in (5, 6, 6)))
+    attention(query.requires_grad_(), key, value).out.sum().backward()
+    attention(torch.randn(0, 2, 3, 8), torch.randn(0, 2, 4, 8), torch.randn(0, 2, 4, 8))
+    attention(torch.randn(1, 2, 3, 8), torch.randn(1, 2, 0, 8), torch.randn(1, 2, 0, 8))
+
+
+def run_trees() -> None:
+    tree = DraftTree(random_parents(9, batch=2, seed=1))
+    verdict = walk_tree(tree, torch.rand(2, 9) < 0.8)
+    walk_tree(DraftTree([-1, 0]), torch.ones(0, 2, dtype=torch.bool))
+    for dtype in (torch.float32, torch.bfloat16):
+        target = torch.randn(2, 9, 4, dtype=dtype)
+        verify_tree(tree, target + 0.1, target, tolerance=0.3)
+        commit_path(
+            torch.randn(2, 3, 20, 4, dtype=dtype),
+            torch.randn(2, 20, 3, 5, dtype=dtype).transpose(1, 2),
+            torch.tensor([3, 11], dtype=torch.int32),
+            verdict,
+        )
+
+
+def run_chains() -> None:
+    verify_chain(*chain([0.0, 1.0], [1.0, 0.0], [0.5, 1.0, 0.0], [1.0, 0.0, 2.0], dim=3, batch=4))
+    verify_chain(*chain([0.0], [1.0], [0.5, 1.0], [1.0, 0.0], dim=3, batch=0))
+
+
+def run_drift() -> None:
+    for batch, count, negatives, weighted in ((2, 6, 4, True), (1, 9, 0, False), (5, 1, 1, False)):
+        gen, pos, neg, keywords = drift_inputs(batch, count, negatives=negatives, weighted=weighted)
+        drift_field(gen, pos, neg, **keywords)
+        drift_loss(gen.requires_grad_(), pos, neg, **keywords).backward()
+    gen, pos, _, _ = drift_inputs(1, 700, 800, 0, 4)  # too large for keeping the distances
+    drift_field(gen, pos)
+    gen, pos, neg, _ = drift_inputs(dtype=torch.bfloat16)
+    drift_field(gen, pos, neg)
+
+
+def run_prior() -> None:
+    for dtype in (torch.float32, torch.float16):
+        entropy = torch.rand(3, 4, requires_grad=True)
+        entropy_to_sigma(entropy).sum().backward()
+        mean, noise = (torch.randn(3, 4, 5, dtype=dtype, requires_grad=True) for _ in range(2))
+        entropy_prior(mean, entropy, noise).sum().backward()
+
+
+FAMILIES: dict[str, Callable[[], None]] = {
+    **{
+        f"attention-{name}-{entropy}": partial(run_attention_case, name, entropy, torch.float32)
+        for name in ATTENTION_CASES
+        for entropy in ("head", "map")
+    },
+    "attention-plain-none": lambda: run_attention_case("plain", "none", torch.float32),
+    "attention-everything-bf16": lambda: run_attention_case("everything", "head", torch.bfloat16),
+    "attention-gqa-fp16": lambda: run_attention_case("gqa", "map", torch.float16),
+    "attention-strided": run_strided_attention,
+    "tree": run_trees,
+    "chain": run_chains,
+    "drift": run_drift,
+    "prior": run_prior,
+}
+
+
+def has_autograd(call: Call) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(call.operator.name(), "Autograd") or any(
+        torch._C._dispatch_has_kernel_for_dispatch_key(call.operator.name(), f"Autograd{key}")
+        for key in ("CPU", "CUDA")
+    )
+
+
+def differentiable(call: Call) -> Call:
+    """The call with gradients switched on for its floating tensors."""
+    leaves, spec = tree_flatten((call.arguments, call.keywords))
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            leaf.requires_grad_()
+    return Call(call.operator, *tree_unflatten(leaves, spec))
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_opcheck(backend: str, family: str) -> None:
+    """Schema (no hidden mutation or aliasing), autograd registration, fake tensors, compilation."""
+    calls = record(FAMILIES[family])
+    if backend != "reference":
+        assert calls, "no registered operator was reached"
+    for call in calls:
+        torch.library.opcheck(call.operator, call.arguments, call.keywords)
+
+
+@pytest.mark.parametrize("family", ["attention-everything-head", "attention-gqa-map", "prior"])
+def test_opcheck_with_gradients(backend: str, family: str) -> None:
+    """As above through the autograd formula of the operators that have one."""
+    names = set()
+    for call in record(FAMILIES[family]):
+        if has_autograd(call) and "backward" not in call.operator.name():
+            names.add(call.operator.name())
+            call = differentiable(without_mask_gradient(call))
+            torch.library.opcheck(call.operator, call.arguments, call.keywords)
+    assert names or backend == "reference"
+
+
+def without_mask_gradient(call: Call) -> Call:
+    """A float mask has no gradient by contract: hand over the visible keys alone."""
+    schema = call.operator._schema.arguments
+    arguments = [
+        torch.isfinite(value)
+        if "mask" in argument.name and isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for argument, value in zip(schema, call.arguments, strict=False)
+    ]
+    return Call(call.operator, tuple(arguments), call.keywords)
+
+
+def test_every_registered_operator_is_checked() -> None:
+    """No operator escapes the checks above, and each public function has its operator."""
+    import driftar_kernels
+
+    reached: set[str] = set()
+    for name in driftar_kernels.available_backends():
+        with driftar_kernels.use_backend(name):
+            for function in FAMILIES.values():
+                reached |= {c.operator.name().removeprefix("driftar::") for c in record(function)}
+    assert registered() == reached
+    if "cpu" in driftar_kernels.available_backends():
+        attentive = ["attention_forward", "attention_backward"]
+        trees = ["walk_tree", "verify_tree", "verify_chain", "commit_path"]
+        for stem in [*attentive, *trees, "drift", "sigma", "prior"]:
+            assert any(stem in operator for operator in reached), stem
+
+
+PUBLIC: dict[str, Callable[[], Any]] = {
+    "attention": lambda: attention(*CASES["plain"].qkv()),
+    "walk_tree": lambda: walk_tree(DraftTree([-1]), torch.ones(1, 1, dtype=torch.bool)),
+    "verify_tree": lambda: verify_tree(
+        DraftTree([-1]), torch.ones(1, 1, 2), torch.ones(1, 1, 2), tolerance=0.0
+    ),
+    "verify_chain": lambda: verify_chain(*chain([0.0], [1.0], [0.0] * 2, [1.0] * 2, batch=2)),
+    "drift_field": lambda: drift_field(*drift_inputs()[:3]),
+    "drift_loss": lambda: drift_loss(*drift_inputs()[:3]),
+    "entropy_to_sigma": lambda: entropy_to_sigma(torch.rand(3)),
+    "entropy_prior": lambda: entropy_prior(torch.rand(3, 2), torch.rand(3), torch.rand(3, 2)),
+}
+
+
+@pytest.mark.parametrize("name", list(PUBLIC))
+def test_native_backends_run_registered_operators(backend: str, name: str) -> None:
+    if backend == "reference":
+        pytest.skip("the reference is plain PyTorch")
+    assert record(PUBLIC[name])

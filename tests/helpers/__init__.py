@@ -1,0 +1,1 @@
+"""Inputs, oracles and tolerance rules that the tests share."""
