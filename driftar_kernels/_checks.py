@@ -96,6 +96,13 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
+def widen_under_autocast(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, 16-bit tensors as fp32: for operators that keep full precision."""
+    if autocast_dtype(device) is None:
+        return tensors
+    return tuple(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in tensors)
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """A context in which plain PyTorch code computes in the dtypes it is given."""
     if torch.amp.is_autocast_available(device.type):

@@ -72,13 +72,17 @@ def drift_field(
     Raises:
         TypeError: a dtype is not supported, or dtypes differ.
         ValueError: a shape, device or value is wrong; B, N or S is 0.
+
+    Under autocast 16-bit inputs are widened to fp32 first.
     """
     op = "drift_field"
     values = _check(
         op, gen, pos, neg, gen_weight, pos_weight, neg_weight, temperatures, normalization
     )
-    gen, pos = gen.detach(), pos.detach()
-    neg = None if neg is None else neg.detach()
+    gen, pos, *rest = _checks.widen_under_autocast(
+        gen.device, gen.detach(), pos.detach(), *([] if neg is None else [neg.detach()])
+    )
+    neg = rest[0] if rest else None
     weight = _stack_weights(gen, pos, neg, gen_weight, pos_weight, neg_weight)
     backend = backends.select(op, gen.device)
     with torch.no_grad(), _checks.without_autocast(gen.device):
@@ -176,7 +180,8 @@ def _check(
         _checks.tensor(op, name, x, rank=3)
         _checks.shape(op, name, x, (batch, x.shape[1], features), f"[B, {name[0].upper()}, S]")
     _checks.same_device(op, **samples)
-    _checks.floating(op, **samples)
+    if _checks.autocast_dtype(gen.device) is None:
+        _checks.floating(op, **samples)
     for name, weight in weights.items():
         if weight is None:
             continue

@@ -60,7 +60,8 @@ def entropy_prior(
         sigma_max, tau, entropy_max: see :func:`entropy_to_sigma`.
 
     Returns:
-        Shape and dtype of mean. Gradients reach mean, entropy and noise.
+        Shape and dtype of mean (under autocast 16-bit inputs are widened to fp32). Gradients reach
+        mean, entropy and noise.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or range.
@@ -70,6 +71,7 @@ def entropy_prior(
     _checks.tensor(op, "entropy", entropy)
     _checks.tensor(op, "noise", noise)
     _checks.same_device(op, mean=mean, entropy=entropy, noise=noise)
+    mean, noise = _checks.widen_under_autocast(mean.device, mean, noise)
     _checks.floating(op, mean=mean, noise=noise)
     _checks.floating(op, entropy=entropy)
     if mean.dim() == 0:

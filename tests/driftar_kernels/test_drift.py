@@ -178,3 +178,14 @@ def test_fp64(backend: str) -> None:
     for name in ("force", "scale", "norms"):
         assert getattr(field, name).dtype == torch.float64
         assert_relative(getattr(field, name), getattr(truth, name), 1e-11, name)
+
+
+def test_autocast_computes_in_fp32_and_takes_mixed_inputs(backend: str) -> None:
+    gen, pos = torch.randn(2, 6, 5), torch.randn(2, 7, 5)
+    expected = drift_loss(gen.bfloat16().float(), pos)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        leaf = gen.bfloat16().requires_grad_()
+        loss = drift_loss(leaf, pos)
+    loss.backward()
+    assert loss.dtype == torch.float32 and leaf.grad is not None
+    torch.testing.assert_close(loss.detach(), expected)

@@ -188,3 +188,11 @@ def test_bad_tensors(backend: str, name: str) -> None:
     arguments = {"mean": torch.rand(3, 2), "entropy": torch.rand(3), "noise": torch.rand(3, 2)}
     with pytest.raises(error, match=argument):
         entropy_prior(**{**arguments, **change})
+
+
+def test_autocast_computes_in_fp32_and_takes_mixed_inputs(backend: str) -> None:
+    mean, noise, entropy = torch.randn(2, 3, 4).bfloat16(), torch.randn(2, 3, 4), torch.rand(2, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sample = entropy_prior(mean, entropy, noise)
+    assert sample.dtype == torch.float32
+    torch.testing.assert_close(sample, entropy_prior(mean.float(), entropy, noise))
