@@ -1,0 +1,28 @@
+"""Drift-AR: autoregressive image models with a one-evaluation decoder, on ``driftar_kernels``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from driftar.models.registry import build_model as build_model
+    from driftar_kernels.version import __version__ as __version__
+
+__all__ = ["__version__", "build_model"]
+
+
+def __getattr__(name: str) -> Any:
+    # Deferred, so that the command line can show its help without loading PyTorch.
+    if name == "build_model":
+        from driftar.models.registry import build_model
+
+        return build_model
+    if name == "__version__":
+        from driftar_kernels.version import __version__
+
+        return __version__
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
