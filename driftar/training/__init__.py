@@ -1,0 +1,1 @@
+"""Training: tasks, losses, sample banks, the loop and its checkpoints (import the submodules)."""
