@@ -72,13 +72,18 @@ def draw_entropy(path: Path, images: Tensor, labels: Tensor, entropy: Tensor) ->
     figure, axes = plt.subplots(
         2, count, figsize=(1.1 * count + 1.4, 2.9), layout="constrained", squeeze=False
     )
-    # One scale for all maps, from the data: the causal rows' entropies lie close together.
-    low, high = float(maps.min()), float(maps.max())
+    # One scale for all maps, from the data: the causal rows' entropies lie close together. The
+    # first row sees one token, so its entropy is 0 by construction and stays out of the scale.
+    shown = maps.copy()
+    shown[:, 0, 0] = np.nan
+    others = entropy[:, 1:]
+    low, high = (float(others.min()), float(others.max())) if others.numel() else (0.0, 1.0)
+    colours = plt.get_cmap("viridis").with_extremes(bad="lightgrey")
     heat = None
     for i in range(count):
         axes[0, i].imshow(_squeeze(tiles[i]), cmap="gray", vmin=0, vmax=1)
         axes[0, i].set_title(f"class {int(labels[i])}", fontsize=9)
-        heat = axes[1, i].imshow(maps[i], cmap="viridis", vmin=low, vmax=high)
+        heat = axes[1, i].imshow(shown[i], cmap=colours, vmin=low, vmax=high)
         for cell in axes[:, i]:
             cell.set_xticks([])
             cell.set_yticks([])
@@ -86,7 +91,10 @@ def draw_entropy(path: Path, images: Tensor, labels: Tensor, entropy: Tensor) ->
     axes[1, 0].set_ylabel("entropy")
     if heat is not None:
         figure.colorbar(heat, ax=axes[1, :].tolist(), label="share of log n", pad=0.01)
-    figure.suptitle("Attention entropy of the AR pass, token by token", fontsize=11)
+    figure.suptitle(
+        "Attention entropy of the AR pass, token by token (grey: the first, 0 by construction)",
+        fontsize=11,
+    )
     _save(figure, path)
 
 

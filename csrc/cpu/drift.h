@@ -42,7 +42,7 @@ struct DriftForce : DriftProblem<scalar_t> {
   int64_t temperature_count;
   int64_t chunks;     // panels of a problem are dealt out to this many column statistics
   acc_t* row_lse;     // [B, T, N]
-  acc_t* column_max;  // [B, chunks, T, M]; after merge_columns [B, 0, T, M] holds the lse
+  acc_t* column_max;  // [B, chunks, T, M]; after merge_columns chunk 0 holds the log-sum-exp
   acc_t* column_sum;  // [B, chunks, T, M]
   acc_t* force;       // [T, B, N, S]
   double* squares;    // [B, panels, T]

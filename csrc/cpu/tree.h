@@ -35,8 +35,8 @@ struct ChainCall {
   double* next_sample;  // [B, D]
 };
 
-// One cache [B, H, Lmax, D] of any dtype; strides in bytes. A row of D elements has `row_bytes`, or
-// is moved element by element when `column` is not the element size.
+// One cache [B, H, Lmax, D] of any dtype; element size and strides in bytes. Rows of D elements are
+// moved as one piece when `column` is the element size.
 struct CommitCall {
   std::byte* cache;
   int64_t heads, width, element, batch, head, row, column;
@@ -44,8 +44,8 @@ struct CommitCall {
   const int64_t *key_lengths, *path, *length;  // [B], [B, max_depth], [B]
 };
 
-// Scratch of one thread, in int64: level and survival of every node.
-inline int64_t walk_scratch(const WalkCall& call) { return 2 * call.nodes; }
+// Scratch of one thread, in int64: the level of every node.
+inline int64_t walk_scratch(const WalkCall& call) { return call.nodes; }
 
 // A residual sample is abandoned after this many proposals; the emitted distribution then differs
 // from the target's by at most 1 / (e kMaxProposals) in total variation.
