@@ -75,7 +75,9 @@ def attention(
         tree: the queries are the nodes of this tree; each sees the prefix (``key_lengths``, or all
             but the last N keys), its ancestors and itself. Excludes ``is_causal`` and
             ``query_offset``.
-        entropy: "head": of every row of every head. "map": of the head-averaged map. "none":
+        entropy: "head": of every row of every head. "map": of the head-averaged map, each head
+            renormalised over E_i first (the published code also clamps every entry, masked ones
+            included, at 1e-8, which adds up to 2e-7 per masked key; this does not). "none":
             skipped.
         normalize: divide by ``log |E_i|``, so that entropies lie in [0, 1].
         entropy_from: first key that counts for the entropy (skips class or buffer tokens).

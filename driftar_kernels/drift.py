@@ -48,11 +48,13 @@ def drift_field(
 ) -> DriftField:
     """Force that moves generated samples towards data and away from each other.
 
-    Each generated sample is attracted by the positives and repelled by the other generated samples
-    and the negatives, with weights exp(-distance / (temperature * scale)) normalised over rows and
-    columns (geometric mean of both softmaxes) and balanced so that the field is anti-symmetric.
-    Every temperature is normalised to unit RMS over the batch; the forces are summed. No gradient
-    flows.
+    Equal to the published drift loss case by case, but for its distances: points are centred
+    first, which is exact algebra, so the cancellation of the published Gram formula is not
+    reproduced. Each generated sample is attracted by the positives and repelled by the other
+    generated samples and the negatives, with weights exp(-distance / (temperature * scale))
+    normalised over rows and columns (geometric mean of both softmaxes) and balanced so that the
+    field is anti-symmetric. Every temperature is normalised to unit RMS over the batch; the forces
+    are summed. No gradient flows.
 
     Args:
         gen: ``[B, N, S]``, generated samples; B independent problems. fp32, bf16, fp16 (computed in
