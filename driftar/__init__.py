@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from driftar.models.registry import build_model as build_model
-    from driftar_kernels.version import __version__ as __version__
+    from driftar_kernels import __version__ as __version__
 
 __all__ = ["__version__", "build_model"]
 
@@ -18,7 +18,7 @@ def __getattr__(name: str) -> Any:
 
         return build_model
     if name == "__version__":
-        from driftar_kernels.version import __version__
+        from driftar_kernels import __version__
 
         return __version__
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,6 +8,10 @@
 
 #include <atomic>
 
+#if AT_PARALLEL_OPENMP && !defined(_OPENMP)
+#error "compile this file with OpenMP, or at::parallel_for runs on one thread"
+#endif
+
 namespace driftar::cpu {
 
 namespace {
