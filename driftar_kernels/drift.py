@@ -19,6 +19,10 @@ MAX_KEPT_PER_PROBLEM = 1 << 18  # elements of one problem's N x M distances
 MAX_KEPT = 1 << 26  # elements of all of them
 
 
+# gen, pos, neg
+Weights = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
 class DriftField(NamedTuple):
     """Result of :func:`drift_field`.
 
@@ -77,36 +81,8 @@ def drift_field(
 
     Under autocast 16-bit inputs are widened to fp32 first.
     """
-    op = "drift_field"
-    values = _check(
-        op, gen, pos, neg, gen_weight, pos_weight, neg_weight, temperatures, normalization
-    )
-    gen, pos, *rest = _checks.widen_under_autocast(
-        gen.device, gen.detach(), pos.detach(), *([] if neg is None else [neg.detach()])
-    )
-    neg = rest[0] if rest else None
-    weight = _stack_weights(gen, pos, neg, gen_weight, pos_weight, neg_weight)
-    backend = backends.select(op, gen.device)
-    with torch.no_grad(), _checks.without_autocast(gen.device):
-        if backend == "reference":
-            _, sums = reference.drift_distances(gen, pos, neg, weight)
-        else:
-            distances, sums = _library.native("drift_distances")(
-                gen, pos, neg, weight, _keep_distances(gen, weight)
-            )
-        sums = _all_reduce(sums, group)
-        scale = sums[0] / sums[1].clamp(min=torch.finfo(sums.dtype).tiny)
-        if backend == "reference":
-            raw, squares = reference.drift_force(gen, pos, neg, weight, scale, values)
-        else:
-            raw, squares = _library.native("drift_force")(
-                gen, pos, neg, weight, distances, scale, values
-            )
-        count = squares.new_full((1,), gen.numel())
-        totals = _all_reduce(torch.cat([squares, count]), group)
-        norms = totals[:-1] / totals[-1]
-        force = torch.einsum("tbns,t->bns", raw, norms.clamp(min=reference.MIN_MEAN_SQUARE).rsqrt())
-    return DriftField(force, scale, norms)
+    weights = (gen_weight, pos_weight, neg_weight)
+    return _field("drift_field", gen, pos, neg, weights, temperatures, normalization, group)
 
 
 def drift_loss(
@@ -140,17 +116,8 @@ def drift_loss(
         TypeError, ValueError: as :func:`drift_field`, or an unknown ``reduction``.
     """
     _checks.choice("drift_loss", "reduction", reduction, ("mean", "none"))
-    field = drift_field(
-        gen,
-        pos,
-        neg,
-        temperatures=temperatures,
-        gen_weight=gen_weight,
-        pos_weight=pos_weight,
-        neg_weight=neg_weight,
-        normalization=normalization,
-        group=group,
-    )
+    weights = (gen_weight, pos_weight, neg_weight)
+    field = _field("drift_loss", gen, pos, neg, weights, temperatures, normalization, group)
     # gen - detach(gen) is exactly 0 and carries the gradient; gen minus its goal would cancel.
     unit = reference.input_scale(field.scale, gen.shape[2])
     wide = gen.to(field.force.dtype)
@@ -158,14 +125,51 @@ def drift_loss(
     return loss.mean() if reduction == "mean" else loss
 
 
+def _field(
+    op: str,
+    gen: Tensor,
+    pos: Tensor,
+    neg: Tensor | None,
+    weights: Weights,
+    temperatures: Sequence[float],
+    normalization: str,
+    group: torch.distributed.ProcessGroup | None,
+) -> DriftField:
+    values = _check(op, gen, pos, neg, weights, temperatures, normalization)
+    gen, pos, *rest = _checks.widen_under_autocast(
+        gen.device, gen.detach(), pos.detach(), *([] if neg is None else [neg.detach()])
+    )
+    neg = rest[0] if rest else None
+    weight = _stack_weights(gen, pos, neg, weights)
+    backend = backends.select(op, gen.device)
+    with torch.no_grad(), _checks.without_autocast(gen.device):
+        if backend == "reference":
+            _, sums = reference.drift_distances(gen, pos, neg, weight)
+        else:
+            distances, sums = _library.native("drift_distances")(
+                gen, pos, neg, weight, _keep_distances(gen, weight)
+            )
+        sums = _all_reduce(sums, group)
+        scale = sums[0] / sums[1].clamp(min=torch.finfo(sums.dtype).tiny)
+        if backend == "reference":
+            raw, squares = reference.drift_force(gen, pos, neg, weight, scale, values)
+        else:
+            raw, squares = _library.native("drift_force")(
+                gen, pos, neg, weight, distances, scale, values
+            )
+        count = squares.new_full((1,), gen.numel())
+        totals = _all_reduce(torch.cat([squares, count]), group)
+        norms = totals[:-1] / totals[-1]
+        force = torch.einsum("tbns,t->bns", raw, norms.clamp(min=reference.MIN_MEAN_SQUARE).rsqrt())
+    return DriftField(force, scale, norms)
+
+
 def _check(
     op: str,
     gen: Tensor,
     pos: Tensor,
     neg: Tensor | None,
-    gen_weight: Tensor | None,
-    pos_weight: Tensor | None,
-    neg_weight: Tensor | None,
+    weights: Weights,
     temperatures: Sequence[float],
     normalization: str,
 ) -> list[float]:
@@ -177,14 +181,13 @@ def _check(
                 f"{op}: gen must not be empty, got {dimension} = 0 in {list(gen.shape)}"
             )
     samples = {"gen": gen, "pos": pos} | ({} if neg is None else {"neg": neg})
-    weights = {"gen": gen_weight, "pos": pos_weight, "neg": neg_weight}
     for name, x in samples.items():
         _checks.tensor(op, name, x, rank=3)
         _checks.shape(op, name, x, (batch, x.shape[1], features), f"[B, {name[0].upper()}, S]")
     _checks.same_device(op, **samples)
     if _checks.autocast_dtype(gen.device) is None:
         _checks.floating(op, **samples)
-    for name, weight in weights.items():
+    for name, weight in zip(("gen", "pos", "neg"), weights, strict=True):
         if weight is None:
             continue
         label = f"{name}_weight"
@@ -212,16 +215,10 @@ def _check(
     return values
 
 
-def _stack_weights(
-    gen: Tensor,
-    pos: Tensor,
-    neg: Tensor | None,
-    gen_weight: Tensor | None,
-    pos_weight: Tensor | None,
-    neg_weight: Tensor | None,
-) -> Tensor:
+def _stack_weights(gen: Tensor, pos: Tensor, neg: Tensor | None, weights: Weights) -> Tensor:
     """Weights of all points ``[B, M]`` in the order gen, neg, pos."""
     dtype = torch.promote_types(gen.dtype, torch.float32)
+    gen_weight, pos_weight, neg_weight = weights
     pairs = [(gen, gen_weight), (neg, neg_weight), (pos, pos_weight)]
     return torch.cat(
         [
