@@ -105,15 +105,7 @@ class DriftARTask:
         """
         config, optimizer = self.config, self.optimizers["model"]
         generator = self.generators["training"]
-        rate = schedule.learning_rate(
-            step,
-            config.num_steps,
-            peak=config.learning_rate,
-            warmup=config.warmup_steps,
-            decay_from=config.decay_from,
-            final=config.final_learning_rate,
-        )
-        schedule.set_learning_rate(optimizer, rate)
+        rate = schedule.follow(optimizer, config, step)
         frozen = schedule.in_phase_two(
             step, config.num_steps, freeze_fraction=config.freeze_fraction
         )

@@ -69,15 +69,7 @@ class MARTask:
     def step(self, step: int) -> dict[str, float]:
         """One optimisation step; returns the scalars to log."""
         config, optimizer = self.config, self.optimizers["model"]
-        rate = schedule.learning_rate(
-            step,
-            config.num_steps,
-            peak=config.learning_rate,
-            warmup=config.warmup_steps,
-            decay_from=config.decay_from,
-            final=config.final_learning_rate,
-        )
-        schedule.set_learning_rate(optimizer, rate)
+        rate = schedule.follow(optimizer, config, step)
         loss = self._loss()
         norm = clipped_backward(loss, optimizer, config.gradient_clip)
         if norm is None:

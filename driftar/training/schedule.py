@@ -7,6 +7,8 @@ import math
 import torch
 from torch import nn
 
+from .config import DriftTrainingConfig, MARTrainingConfig
+
 
 def annealing_weight(step: float, total: float, *, alpha_0: float, freeze_fraction: float) -> float:
     """Weight alpha of the AR losses (Eq. 9): ``alpha_0``, linearly to 0 at the freeze.
@@ -42,6 +44,22 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every parameter group ``rate`` times its own "scale" (1 if it has none)."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("scale", 1.0)
+
+
+def follow(
+    optimizer: torch.optim.Optimizer, config: MARTrainingConfig | DriftTrainingConfig, step: int
+) -> float:
+    """Set the learning rate that ``config`` gives for ``step``, and return it."""
+    rate = learning_rate(
+        step,
+        config.num_steps,
+        peak=config.learning_rate,
+        warmup=config.warmup_steps,
+        decay_from=config.decay_from,
+        final=config.final_learning_rate,
+    )
+    set_learning_rate(optimizer, rate)
+    return rate
 
 
 @torch.no_grad()
