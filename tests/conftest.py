@@ -48,6 +48,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(params=[name for name in BACKEND_DEVICES if name != "reference"])
+def native_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend that runs registered operators on some devices only."""
+    require_backend(request.param)
+    with driftar_kernels.use_backend(request.param):
+        yield request.param
+
+
 @pytest.fixture
 def device(backend: str) -> torch.device:
     """Where the tensors of the current backend live."""

@@ -198,7 +198,5 @@ PUBLIC: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", list(PUBLIC))
-def test_native_backends_run_registered_operators(backend: str, name: str) -> None:
-    if backend == "reference":
-        pytest.skip("the reference is plain PyTorch")
+def test_native_backends_run_registered_operators(native_backend: str, name: str) -> None:
     assert record(PUBLIC[name])
