@@ -49,13 +49,41 @@ T row_maximum(const T* row, int64_t count) {
   return result;
 }
 
+// exp(x) of x < 88, and 0 where that is below the normal numbers; NaN stays. With x = n ln 2 + r, a
+// polynomial in |r| <= ln(2) / 2 to whose exponent field n is added: within 1.3 ulp for x > -17 and
+// 5 ulp everywhere, given a fused multiply-add. ATen's exp is a function call, five times as slow.
+inline Vector<float> exponential(Vector<float> x) {
+  const Vector<float> magic(0x1.8p23f);  // pushes the integer part into the low bits
+  const Vector<float> shifted = at::vec::fmadd(x, Vector<float>(0x1.715476p0f), magic);
+  const Vector<float> r = at::vec::fmadd(magic - shifted, Vector<float>(0x1.62e43p-1f), x);
+  // Minimax for the relative error.
+  Vector<float> p(0x1.6a2256p-10f);
+  for (const float c :
+       {0x1.123b04p-7f, 0x1.5558f8p-5f, 0x1.55549p-3f, 0x1.fffffcp-2f, 1.0f, 1.0f}) {
+    p = at::vec::fmadd(p, r, Vector<float>(c));
+  }
+  const float smallest = -87.33654f;  // log of the smallest normal number
+#if defined(CPU_CAPABILITY_AVX512)
+  const __mmask16 is_normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(smallest), _CMP_NLT_UQ);
+  return _mm512_castsi512_ps(_mm512_maskz_add_epi32(
+      is_normal, _mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
+#else
+  const auto exponent = at::vec::cast<int32_t>(shifted) << Vector<int32_t>(23);
+  const auto result = at::vec::cast<float>(at::vec::cast<int32_t>(p) + exponent);
+  return Vector<float>::blendv(result, Vector<float>(0.0f), x < Vector<float>(smallest));
+#endif
+}
+
+inline Vector<double> exponential(Vector<double> x) { return x.exp(); }
+
 // exp(row - shift) of one vector; `exponent` receives row - shift. Its floor keeps exp(-inf) * -inf
-// from being NaN, and maximum keeps a NaN that is there.
+// from being NaN.
 template <typename T>
 Vector<T> exponential_at(const T* row, Vector<T> shift, Vector<T>& exponent) {
-  exponent =
-      at::vec::maximum(Vector<T>::loadu(row) - shift, Vector<T>(std::numeric_limits<T>::lowest()));
-  return exponent.exp();
+  exponent = Vector<T>::loadu(row) - shift;
+  const Vector<T> e = exponential(exponent);
+  exponent = at::vec::clamp_min(exponent, Vector<T>(std::numeric_limits<T>::lowest()));
+  return e;
 }
 
 // exp(row - shift), its sum and the sum of exp(row - shift) (row - shift); -inf contributes 0 to
