@@ -15,8 +15,8 @@ namespace {
 
 enum class Layout : bool { normal, transposed };
 
-// Register block: kRows x (2 vectors) accumulators, two vectors of B and one broadcast of A fit 32
-// (AVX-512) or 16 registers.
+// Register block: kGemmRows x (2 vectors) accumulators, two vectors of B and one broadcast of A fit
+// 32 (AVX-512) or 16 registers.
 template <typename T>
 constexpr int64_t kGemmColumns = 2 * Vector<T>::size();
 template <typename T>
@@ -32,51 +32,99 @@ struct Strided {
   int64_t row, column;
 };
 
-// c[ROWS, 2 vectors] = alpha a b + beta c
-template <int64_t ROWS, typename T>
+// A right operand as panels of kGemmColumns columns: element (p, j) lies at
+// data[j / kGemmColumns * panel + p * stride + j % kGemmColumns].
+template <typename T>
+struct Panels {
+  const T* data;
+  int64_t stride, panel;
+};
+
+template <typename T>
+Panels<T> in_place(const T* rows, int64_t stride) {
+  return {rows, stride, kGemmColumns<T>};
+}
+
+template <typename T>
+Panels<T> packed_panels(const T* packed, int64_t depth) {
+  return {packed, kGemmColumns<T>, kGemmColumns<T> * depth};
+}
+
+// c[ROWS, VECTORS vectors] = alpha a b + beta c
+template <int64_t ROWS, int64_t VECTORS, typename T>
 inline void gemm_block(int64_t depth, T alpha, Strided<T> a, const T* b, int64_t stride_b, T beta,
                        T* c, int64_t stride_c) {
   using V = Vector<T>;
-  V sums[ROWS][2];
+  V sums[ROWS][VECTORS];
 #pragma GCC unroll 8
-  for (int64_t i = 0; i < ROWS; ++i) sums[i][0] = sums[i][1] = V(T(0));
+  for (int64_t i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < VECTORS; ++j) sums[i][j] = V(T(0));
+  }
   for (int64_t p = 0; p < depth; ++p) {
-    const V left = V::loadu(b + p * stride_b), right = V::loadu(b + p * stride_b + V::size());
+    V right[VECTORS];
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < VECTORS; ++j) right[j] = V::loadu(b + p * stride_b + j * V::size());
 #pragma GCC unroll 8
     for (int64_t i = 0; i < ROWS; ++i) {
       const V factor(a.data[i * a.row + p * a.column]);
-      sums[i][0] = at::vec::fmadd(factor, left, sums[i][0]);
-      sums[i][1] = at::vec::fmadd(factor, right, sums[i][1]);
+#pragma GCC unroll 2
+      for (int64_t j = 0; j < VECTORS; ++j) {
+        sums[i][j] = at::vec::fmadd(factor, right[j], sums[i][j]);
+      }
     }
   }
   const V scale(alpha), keep(beta);
 #pragma GCC unroll 8
   for (int64_t i = 0; i < ROWS; ++i) {
-    for (int64_t half = 0; half < 2; ++half) {
-      T* target = c + i * stride_c + half * V::size();
-      V result = scale * sums[i][half];
-      if (beta != T(0)) result = result + keep * V::loadu(target);
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < VECTORS; ++j) {
+      T* target = c + i * stride_c + j * V::size();
+      V result = scale * sums[i][j];
+      if (beta != T(0)) result = at::vec::fmadd(keep, V::loadu(target), result);
       result.store(target);
     }
   }
 }
 
 // gemm_block for a number of rows known at run time.
-template <int64_t ROWS, typename T>
+template <int64_t ROWS, int64_t VECTORS, typename T>
 inline void gemm_rows(int64_t rows, int64_t depth, T alpha, Strided<T> a, const T* b,
                       int64_t stride_b, T beta, T* c, int64_t stride_c) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS) {
-      gemm_block<ROWS>(depth, alpha, a, b, stride_b, beta, c, stride_c);
+      gemm_block<ROWS, VECTORS>(depth, alpha, a, b, stride_b, beta, c, stride_c);
     } else {
-      gemm_rows<ROWS - 1>(rows, depth, alpha, a, b, stride_b, beta, c, stride_c);
+      gemm_rows<ROWS - 1, VECTORS>(rows, depth, alpha, a, b, stride_b, beta, c, stride_c);
     }
   }
 }
 
-// packed[p, j] = b(p, j) for a panel of `columns` columns, filled up with zeros.
+// C[rows, columns] = alpha A B + beta C for whole vectors of columns. C is not read when beta is 0.
 template <typename T>
-inline void pack_panel(Strided<T> b, int64_t depth, int64_t columns, T* packed) {
+void multiply(int64_t rows, int64_t columns, int64_t depth, T alpha, Strided<T> a, Panels<T> b,
+              T beta, T* c, int64_t stride_c) {
+  constexpr int64_t width = kGemmColumns<T>, height = kGemmRows<T>;
+  for (int64_t row = 0; row < rows; row += height) {
+    const int64_t count = std::min(height, rows - row);
+    const Strided<T> left{a.data + row * a.row, a.row, a.column};
+    const T* panel = b.data;
+    T* target = c + row * stride_c;
+    int64_t column = 0;
+    for (; column + width <= columns; column += width, panel += b.panel) {
+      gemm_rows<height, 2>(count, depth, alpha, left, panel, b.stride, beta, target + column,
+                           stride_c);
+    }
+    if (column < columns) {
+      gemm_rows<height, 1>(count, depth, alpha, left, panel, b.stride, beta, target + column,
+                           stride_c);
+    }
+  }
+}
+
+// packed[p, j] = factor b(p, j) for a panel of `columns` columns, filled up with zeros.
+template <typename T>
+inline void pack_panel(Strided<T> b, int64_t depth, int64_t columns, T factor, T* packed) {
   constexpr int64_t width = kGemmColumns<T>;
   [[maybe_unused]] constexpr int64_t lanes = Vector<T>::size();
   if (columns < width) std::fill(packed, packed + depth * width, T(0));
@@ -96,6 +144,20 @@ inline void pack_panel(Strided<T> b, int64_t depth, int64_t columns, T* packed) 
   for (int64_t p = done; p < depth; ++p) {
     for (int64_t j = 0; j < columns; ++j) packed[p * width + j] = b.data[p * b.row + j * b.column];
   }
+  if (factor == T(1)) return;
+  for (int64_t i = 0; i < depth * width; ++i) packed[i] *= factor;
+}
+
+// All panels of b[depth, columns].
+template <typename T>
+Panels<T> pack(Strided<T> b, int64_t depth, int64_t columns, T factor, T* packed) {
+  constexpr int64_t width = kGemmColumns<T>;
+  const Panels<T> panels = packed_panels(packed, depth);
+  for (int64_t column = 0; column < columns; column += width) {
+    pack_panel({b.data + column * b.column, b.row, b.column}, depth,
+               std::min(width, columns - column), factor, packed + column / width * panels.panel);
+  }
+  return panels;
 }
 
 // C[m, n] = alpha op(A) op(B) + beta C. op(A) is [m, k], op(B) is [k, n]; A and B are stored as [m,
@@ -120,24 +182,22 @@ void gemm(Layout layout_a, Layout layout_b, int64_t m, int64_t n, int64_t k, T a
       const int64_t columns = std::min(width, n - column);
       const Strided<T> panel{all_b.data + start * all_b.row + column * all_b.column, all_b.row,
                              all_b.column};
-      const bool in_place = !b_transposed && columns == width;
-      if (!in_place) pack_panel(panel, depth, columns, packed);
-      const T* values = in_place ? panel.data : packed;
-      const int64_t value_stride = in_place ? stride_b : width;
+      const bool direct = !b_transposed && columns == width;
+      if (!direct) pack_panel(panel, depth, columns, T(1), packed);
+      const Panels<T> right =
+          direct ? in_place(panel.data, stride_b) : packed_panels(packed, depth);
+      const Strided<T> left{all_a.data + start * all_a.column, all_a.row, all_a.column};
+      if (columns == width) {
+        multiply(m, width, depth, alpha, left, right, factor, c + column, stride_c);
+        continue;
+      }
       for (int64_t row = 0; row < m; row += height) {
         const int64_t rows = std::min(height, m - row);
-        const Strided<T> left{all_a.data + row * all_a.row + start * all_a.column, all_a.row,
-                              all_a.column};
-        T* target = c + row * stride_c + column;
-        if (columns == width) {
-          gemm_rows<height>(rows, depth, alpha, left, values, value_stride, factor, target,
-                            stride_c);
-          continue;
-        }
-        gemm_rows<height>(rows, depth, alpha, left, values, value_stride, T(0), edge, width);
+        multiply(rows, width, depth, alpha, {left.data + row * left.row, left.row, left.column},
+                 right, T(0), edge, width);
         for (int64_t i = 0; i < rows; ++i) {
           for (int64_t j = 0; j < columns; ++j) {
-            T& value = target[i * stride_c + j];
+            T& value = c[(row + i) * stride_c + column + j];
             value = edge[i * width + j] + (factor == T(0) ? T(0) : factor * value);
           }
         }

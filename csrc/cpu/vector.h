@@ -3,10 +3,13 @@
 // Row primitives of the kernels on ATen's portable vectors. Only for files compiled per instruction
 // set. Rows are padded to a multiple of the vector width, so that no loop has a tail.
 
+#include "padding.h"
+
 #include <ATen/cpu/vec/vec.h>
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 namespace driftar::cpu {
 namespace {
@@ -14,14 +17,10 @@ namespace {
 template <typename T>
 using Vector = at::vec::Vectorized<T>;
 
-// The widest vector of any instruction set, in elements of T: buffers padded to it suit all of
-// them.
+// `count` rounded up to whole vectors of the instruction set at hand.
 template <typename T>
-constexpr int64_t padding = 64 / sizeof(T);
-
-template <typename T>
-constexpr int64_t padded(int64_t count) {
-  return (count + padding<T> - 1) / padding<T> * padding<T>;
+constexpr int64_t whole_vectors(int64_t count) {
+  return (count + Vector<T>::size() - 1) / Vector<T>::size() * Vector<T>::size();
 }
 
 template <typename T>
@@ -33,20 +32,44 @@ T sum_of(const Vector<T>& vector) {
   return sum;
 }
 
-// Maximum that returns NaN if there is one.
+// Lane-wise maximum of a row; NaN wins.
 template <typename T>
-T row_maximum(const T* row, int64_t count) {
+Vector<T> row_maxima(const T* row, int64_t count) {
   Vector<T> best(-std::numeric_limits<T>::infinity());
   for (int64_t i = 0; i < count; i += Vector<T>::size()) {
     best = at::vec::maximum(best, Vector<T>::loadu(row + i));
   }
+  return best;
+}
+
+template <typename T>
+T maximum_of(const Vector<T>& vector) {
   alignas(64) T lanes[Vector<T>::size()];
-  best.store(lanes);
+  vector.store(lanes);
   T result = lanes[0];
   for (int lane = 1; lane < Vector<T>::size(); ++lane) {
     result = (result != result || result > lanes[lane]) ? result : lanes[lane];
   }
   return result;
+}
+
+template <typename T>
+T row_maximum(const T* row, int64_t count) {
+  return maximum_of(row_maxima(row, count));
+}
+
+template <typename T>
+bool all_at_most(const Vector<T>& vector, T limit) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) {
+    return _mm512_cmp_ps_mask(vector, _mm512_set1_ps(limit), _CMP_NLE_UQ) == 0;
+  }
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<T, float>) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(vector, _mm256_set1_ps(limit), _CMP_NLE_UQ)) == 0;
+  }
+#endif
+  return maximum_of(vector) <= limit;
 }
 
 // exp(x) of x < 88, and 0 where that is below the normal numbers; NaN stays. With x = n ln 2 + r, a
@@ -86,6 +109,21 @@ Vector<T> exponential_at(const T* row, Vector<T> shift, Vector<T>& exponent) {
   return e;
 }
 
+// row = exp(row - shift); adds exp(row - shift) to `totals` and exp(row - shift) (row - shift) to
+// `moments`. -inf contributes 0 to all.
+template <typename T>
+void absorb_exponentials(T* row, int64_t count, T shift, Vector<T>& totals, Vector<T>& moments) {
+  const Vector<T> offset(shift);
+  Vector<T> total = totals, moment = moments, exponent(T(0));
+  for (int64_t i = 0; i < count; i += Vector<T>::size()) {
+    const Vector<T> e = exponential_at(row + i, offset, exponent);
+    total = total + e;
+    moment = at::vec::fmadd(e, exponent, moment);
+    e.store(row + i);
+  }
+  totals = total, moments = moment;
+}
+
 // exp(row - shift), its sum and the sum of exp(row - shift) (row - shift); -inf contributes 0 to
 // all. The exponentials are written to `out` unless it is null.
 template <typename T>
@@ -102,25 +140,11 @@ void row_exponentials(const T* row, int64_t count, T shift, T* out, T& total, T&
   moment = sum_of(moments);
 }
 
-// target += factor exp(row - shift)
 template <typename T>
-void row_add_exponentials(const T* row, int64_t count, T shift, T factor, T* target) {
-  const Vector<T> offset(shift), weight(factor);
-  Vector<T> exponent(T(0));
+T row_dot(const T* a, const T* b, int64_t count) {
+  Vector<T> sum(T(0));
   for (int64_t i = 0; i < count; i += Vector<T>::size()) {
-    const Vector<T> e = exponential_at(row + i, offset, exponent);
-    (Vector<T>::loadu(target + i) + weight * e).store(target + i);
-  }
-}
-
-// sum exp(row - shift) weights
-template <typename T>
-T row_dot_exponentials(const T* row, int64_t count, T shift, const T* weights) {
-  const Vector<T> offset(shift);
-  Vector<T> sum(T(0)), exponent(T(0));
-  for (int64_t i = 0; i < count; i += Vector<T>::size()) {
-    const Vector<T> e = exponential_at(row + i, offset, exponent);
-    sum = sum + e * Vector<T>::loadu(weights + i);
+    sum = at::vec::fmadd(Vector<T>::loadu(a + i), Vector<T>::loadu(b + i), sum);
   }
   return sum_of(sum);
 }
