@@ -1,6 +1,6 @@
 // The one list of native operators. Kernels register themselves for their device at the foot of
 // their binding file; fake implementations and gradients are attached in Python
-// (driftar_kernels/_library.py).
+// (driftar_kernels/_library.py), the gradient of attention in autograd/.
 
 #include "cpu/isa.h"
 

@@ -96,7 +96,9 @@ def attention(
     Under autocast the inputs are cast to the autocast dtype; statistics stay in fp32.
     """
     parents = None if tree is None else _tree_parents(tree, is_causal, query_offset)
-    _check(query, key, value, attn_mask, query_offset, key_lengths, parents, enable_gqa)
+    plain = attn_mask is None and key_lengths is None and parents is None
+    if not (plain and type(query_offset) is int and _obviously_fit(query, key, value)):
+        _check(query, key, value, attn_mask, query_offset, key_lengths, parents, enable_gqa)
     _checks.choice("attention", "entropy", entropy, ENTROPY_KINDS)
     _checks.integral("attention", "entropy_from", entropy_from, minimum=0)
     if scale is None:
@@ -156,6 +158,22 @@ def _tree_parents(tree: DraftTree, is_causal: bool, query_offset: int | Tensor) 
     if isinstance(query_offset, Tensor) or query_offset != 0:
         raise ValueError("attention: query_offset must be 0 with tree; nodes follow the prefix")
     return tree.parents
+
+
+def _obviously_fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the three tensors need no closer look: most calls, in a quarter of the time."""
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        return False
+    keys, values = key.shape, value.shape
+    return (
+        query.dim() == len(keys) == len(values) == 4
+        and query.shape[:2] == keys[:2]
+        and query.shape[3] == keys[3]
+        and keys[:3] == values[:3]
+        and query.dtype is key.dtype is value.dtype
+        and query.dtype in _checks.FLOATING
+        and query.device == key.device == value.device
+    )
 
 
 def _check(
@@ -293,41 +311,5 @@ def _backward_fake(
     return tuple(x.new_empty(x.shape) for x in (query, key, value))  # type: ignore[return-value]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, attn_mask, offsets, lengths, parents, *settings = inputs
-    out, _, lse, max_score, entropy_lse, entropy_cross, entropy_norm = output
-    ctx.mark_non_differentiable(max_score, entropy_lse, entropy_cross, entropy_norm)
-    saved = (query, key, value, attn_mask, offsets, lengths, parents)
-    ctx.save_for_backward(*saved, out, lse, entropy_lse, entropy_cross, entropy_norm)
-    ctx.settings = settings
-
-
-def _backward(
-    ctx: Any, grad_out: Tensor, grad_entropy: Tensor, grad_lse: Tensor, *unused: Any
-) -> tuple[Tensor | None, ...]:
-    offset, scale, is_causal, entropy, _, entropy_from = ctx.settings
-    gradients = _library.native("attention_backward")(
-        grad_out,
-        grad_entropy,
-        grad_lse,
-        *ctx.saved_tensors,
-        offset,
-        scale,
-        is_causal,
-        entropy,
-        entropy_from,
-    )
-    return (*gradients, *(None,) * 10)
-
-
-def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
-    raise NotImplementedError(
-        "attention: second derivatives are not provided by this backend; "
-        "use_backend('reference') computes them"
-    )
-
-
 _library.register_fake("attention_forward", _forward_fake)
 _library.register_fake("attention_backward", _backward_fake)
-_library.register_autograd("attention_forward", _backward, _setup_context)
-_library.register_autograd("attention_backward", _no_second_derivative)

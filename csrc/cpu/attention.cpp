@@ -206,14 +206,15 @@ ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Te
     call.entropy_cross = data_or_null<acc_t>(entropy_cross);
 
     const bool map = context.entropy == EntropyKind::map;
+    const QueryBlocking& blocking = call.blocking;
+    const int64_t tasks = call.batch * call.key_heads * blocking.head_blocks * blocking.row_blocks;
     const int64_t slot_size = std::max(forward_scratch(call), map ? map_scratch(call) : int64_t{0});
-    const Tensor scratch = at::empty({thread_count(), slot_size}, statistics);
+    // A small call does not pay for scratch of threads that have nothing to do.
+    const int64_t slots = map ? thread_count() : std::min(thread_count(), tasks);
+    const Tensor scratch = at::empty({slots, slot_size}, statistics);
     acc_t* memory = scratch.mutable_data_ptr<acc_t>();
     dispatch_isa([&](auto isa) {
       using Kernel = AttentionKernel<decltype(isa)::value, scalar_t>;
-      const QueryBlocking& blocking = call.blocking;
-      const int64_t tasks =
-          call.batch * call.key_heads * blocking.head_blocks * blocking.row_blocks;
       parallel_for(tasks, [&](int64_t task, int64_t slot) {
         Kernel::forward(call, task, memory + slot * slot_size);
       });

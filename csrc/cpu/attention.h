@@ -90,11 +90,15 @@ struct AttentionBackward : AttentionShape<scalar_t> {
 constexpr int64_t kKeyBlock = 256;
 // Queries per block: at most, and as few as keep every thread busy. Many, since the keys are packed
 // anew for every block.
-constexpr int64_t kQueryBlock = 256;
+constexpr int64_t kQueryBlock = 512;
 constexpr int64_t kMinQueryBlock = 64;
 // Blocks of the backward pass, whose tiles of scores and of their gradients stay in the L2 cache.
 constexpr int64_t kBackwardQueryBlock = 64;
 constexpr int64_t kBackwardKeyBlock = 128;
+// Up to so many queries are multiplied with the keys as they lie; more are worth packing the keys.
+constexpr int64_t kDotRows = 2;
+// Up to so many queries wait for the keys and values to arrive rather than for arithmetic.
+constexpr int64_t kPrefetchRows = 64;
 // Rows that a matrix product takes together, at most.
 constexpr int64_t kMaxGemmRows = 8;
 // The entropy of the head-averaged map holds one tile of every head at once.
@@ -120,15 +124,23 @@ QueryBlocking query_blocking(const AttentionShape<scalar_t>& shape, int64_t thre
   return result;
 }
 
+// Whole panels of the matrix products.
+template <typename scalar_t>
+int64_t forward_key_block(const AttentionShape<scalar_t>& shape) {
+  constexpr int64_t panel = 2 * padding<accumulate_t<scalar_t>>;
+  return std::clamp(blocks(shape.key_length, panel) * panel, panel, kKeyBlock);
+}
+
 // Scratch of one thread, in elements of the accumulation type.
 template <typename scalar_t>
-int64_t forward_scratch(const AttentionShape<scalar_t>& shape) {
+int64_t forward_scratch(const AttentionForward<scalar_t>& call) {
   using acc_t = accumulate_t<scalar_t>;
-  const int64_t width = padded<acc_t>(shape.width), value_width = padded<acc_t>(shape.value_width);
-  const int64_t loaded = kQueryBlock * width + kKeyBlock * (width + value_width);
-  const int64_t statistics = 2 * kQueryBlock * padding<acc_t>;
-  return loaded + kKeyBlock * shape.width + kQueryBlock * value_width + statistics +
-         kMaxGemmRows * kKeyBlock;
+  const int64_t width = padded<acc_t>(call.width), value_width = padded<acc_t>(call.value_width);
+  const int64_t rows = call.blocking.rows * call.blocking.heads;
+  const int64_t keys = forward_key_block(call);
+  const int64_t loaded = rows * width + keys * (width + value_width);
+  const int64_t statistics = 2 * rows * padding<acc_t>;
+  return loaded + keys * call.width + rows * value_width + statistics + kMaxGemmRows * keys;
 }
 
 template <typename scalar_t>

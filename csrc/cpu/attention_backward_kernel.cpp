@@ -184,7 +184,8 @@ void AttentionKernel<isa, scalar_t>::backward(const AttentionBackward<scalar_t>&
       acc_t* strip_gradient = gradient + strip.first * key_block;
       const int64_t count = whole_vectors<acc_t>(strip.columns);
       if (logarithms == nullptr) {
-        score_strip(block, tile, strip, queries, part.packed_keys, strip_scores, key_block);
+        score_products(block, strip, queries, part.packed_keys, strip_scores, key_block);
+        hide_keys(block, tile, strip, strip_scores, key_block);
       }
       multiply(strip.rows, count, call.value_width, acc_t(1),
                Strided<acc_t>{grad_out.at(strip.first), grad_out.stride, 1}, part.packed_values,

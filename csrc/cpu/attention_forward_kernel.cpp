@@ -96,15 +96,17 @@ void AttentionKernel<isa, scalar_t>::forward(const AttentionForward<scalar_t>& c
                                    row,
                                    std::min(blocking.rows, call.query_length - row)};
   const int64_t rows = block.count();
+  const int64_t width = whole_vectors<acc_t>(call.width);
   const int64_t value_width = whole_vectors<acc_t>(call.value_width);
   const int64_t out_stride = padded<acc_t>(call.value_width);
+  const int64_t key_block = forward_key_block(call);
 
   Scratch<acc_t> scratch{memory};
   acc_t* query_buffer = scratch.take(rows * padded<acc_t>(call.width));
-  acc_t* key_buffer = scratch.take(kKeyBlock * padded<acc_t>(call.width));
-  acc_t* value_buffer = scratch.take(kKeyBlock * out_stride);
-  acc_t* packed = scratch.take(kKeyBlock * call.width);
-  acc_t* scores = scratch.take(kGemmRows<acc_t> * kKeyBlock);
+  acc_t* key_buffer = scratch.take(key_block * padded<acc_t>(call.width));
+  acc_t* value_buffer = scratch.take(key_block * out_stride);
+  acc_t* packed = scratch.take(key_block * call.width);
+  acc_t* scores = scratch.take(kGemmRows<acc_t> * key_block);
   acc_t* out = scratch.take(rows * out_stride);
   BlockStatistics<acc_t> statistics;
   statistics.totals = scratch.take(rows * statistics.lanes);
@@ -119,20 +121,37 @@ void AttentionKernel<isa, scalar_t>::forward(const AttentionForward<scalar_t>& c
 
   const Rows<acc_t> queries = block.load(call.query, call.width, query_buffer);
   const auto absorb_keys = [&](int64_t first, int64_t last) {
-    for (int64_t column = first; column < last; column += kKeyBlock) {
-      const Tile tile{column, std::min(kKeyBlock, last - column)};
+    for (int64_t column = first; column < last; column += key_block) {
+      const Tile tile{column, std::min(key_block, last - column)};
       const Rows<acc_t> keys =
           load_rows(call.key, b, key_head, column, tile.columns, call.width, key_buffer);
       const Rows<acc_t> values =
           load_rows(call.value, b, key_head, column, tile.columns, call.value_width, value_buffer);
+      if (rows <= kPrefetchRows) {
+        prefetch(values, tile.columns, value_width);
+        const int64_t coming = column + tile.columns;
+        if (keys.data != key_buffer) {
+          prefetch(Rows<acc_t>{keys.at(tile.columns), keys.stride},
+                   std::min(last - coming, key_block), width);
+        }
+      }
+      // Without panels the scores are dot products.
       const Panels<acc_t> panels =
-          pack_transposed(keys, tile.columns, call.width, call.scale, packed);
+          rows <= kDotRows ? Panels<acc_t>{}
+                           : pack_transposed(keys, tile.columns, call.width, call.scale, packed);
       const bool guarded =
           is_partial(block, tile) && !all_finite(values, tile.columns, value_width);
       for_each_strip(block, tile, [&](const Strip& strip) {
-        score_strip(block, tile, strip, queries, panels, scores, kKeyBlock);
+        if (panels.data == nullptr) {
+          dot_products(strip.rows, strip.columns, width, call.scale,
+                       Rows<acc_t>{queries.at(strip.first), queries.stride}, keys, scores,
+                       key_block);
+        } else {
+          score_products(block, strip, queries, panels, scores, key_block);
+        }
+        hide_keys(block, tile, strip, scores, key_block);
         for (int64_t r = 0; r < strip.rows; ++r) {
-          acc_t* row_scores = scores + r * kKeyBlock;
+          acc_t* row_scores = scores + r * key_block;
           acc_t* row_out = out + (strip.first + r) * out_stride;
           if (counts && column >= call.entropy_from) {
             support[strip.first + r] += count_visible(row_scores, strip.columns);
@@ -140,7 +159,7 @@ void AttentionKernel<isa, scalar_t>::forward(const AttentionForward<scalar_t>& c
           statistics.absorb(strip.first + r, row_scores, whole_vectors<acc_t>(strip.columns),
                             row_out, value_width);
         }
-        accumulate(strip.rows, value_width, strip.columns, {scores, kKeyBlock, 1}, values, guarded,
+        accumulate(strip.rows, value_width, strip.columns, {scores, key_block, 1}, values, guarded,
                    out + strip.first * out_stride, out_stride);
       });
     }

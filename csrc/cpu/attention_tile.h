@@ -182,17 +182,43 @@ void apply_mask(const Visibility& v, int64_t b, int64_t h, int64_t i, int64_t co
   }
 }
 
-// Scores of a strip, -inf where a key is hidden from its query and up to the next whole vector.
-// `keys` are packed and carry the scale.
+// Asks for rows that will be read soon.
+template <typename T>
+void prefetch(Rows<T> rows, int64_t count, int64_t width) {
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t c = 0; c < width; c += padding<T>) {
+      __builtin_prefetch(rows.at(r) + c, /*rw=*/0, /*locality=*/2);
+    }
+  }
+}
+
+// scores[i, j] = scale <queries_i, keys_j>, from whole vectors.
+template <typename T>
+void dot_products(int64_t rows, int64_t columns, int64_t width, T scale, Rows<T> queries,
+                  Rows<T> keys, T* scores, int64_t stride) {
+  for (int64_t j = 0; j < columns; ++j) {
+    for (int64_t i = 0; i < rows; ++i) {
+      scores[i * stride + j] = scale * row_dot(queries.at(i), keys.at(j), width);
+    }
+  }
+}
+
+// The scores of a strip, up to the next whole vector; `keys` are packed and carry the scale.
 template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
-void score_strip(const QueryBlock<scalar_t>& block, const Tile& tile, const Strip& strip,
-                 Rows<acc_t> queries, Panels<acc_t> keys, acc_t* scores, int64_t stride) {
+void score_products(const QueryBlock<scalar_t>& block, const Strip& strip, Rows<acc_t> queries,
+                    Panels<acc_t> keys, acc_t* scores, int64_t stride) {
+  multiply(strip.rows, whole_vectors<acc_t>(strip.columns), block.shape.width, acc_t(1),
+           Strided<acc_t>{queries.at(strip.first), queries.stride, 1}, keys, acc_t(0), scores,
+           stride);
+}
+
+// Scores become -inf where a key is hidden from its query and up to the next whole vector.
+template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
+void hide_keys(const QueryBlock<scalar_t>& block, const Tile& tile, const Strip& strip,
+               acc_t* scores, int64_t stride) {
   const AttentionShape<scalar_t>& shape = block.shape;
   const Visibility& v = shape.visibility;
   const int64_t whole = whole_vectors<acc_t>(strip.columns);
-  multiply(strip.rows, whole, shape.width, acc_t(1),
-           Strided<acc_t>{queries.at(strip.first), queries.stride, 1}, keys, acc_t(0), scores,
-           stride);
   for (int64_t r = 0; r < strip.rows; ++r) {
     acc_t* row = scores + r * stride;
     if (!strip.partial) {
@@ -225,7 +251,8 @@ void map_probabilities(const QueryBlock<scalar_t>& block, const Tile& tile,
   const Vector<acc_t> share(acc_t(1) / static_cast<acc_t>(block.shape.query_heads));
   std::fill(probabilities, probabilities + block.rows * stride, acc_t(0));
   for_each_strip(block, tile, [&](const Strip& strip) {
-    score_strip(block, tile, strip, queries, keys, probabilities + strip.first * stride, stride);
+    score_products(block, strip, queries, keys, probabilities + strip.first * stride, stride);
+    hide_keys(block, tile, strip, probabilities + strip.first * stride, stride);
     for (int64_t r = strip.first; r < strip.first + strip.rows; ++r) {
       const Vector<acc_t> shift(SoftmaxStatistics<acc_t>::shift(entropy_lse[r]));
       acc_t *row = probabilities + r * stride, *mean = average + r * stride;

@@ -87,15 +87,23 @@ inline void gemm_block(int64_t depth, T alpha, Strided<T> a, const T* b, int64_t
   }
 }
 
-// gemm_block for a number of rows known at run time.
-template <int64_t ROWS, int64_t VECTORS, typename T>
-inline void gemm_rows(int64_t rows, int64_t depth, T alpha, Strided<T> a, const T* b,
-                      int64_t stride_b, T beta, T* c, int64_t stride_c) {
+// A strip of C, `columns` whole vectors wide, of a number of rows known at run time.
+template <int64_t ROWS, typename T>
+void gemm_strip(int64_t rows, int64_t columns, int64_t depth, T alpha, Strided<T> a, Panels<T> b,
+                T beta, T* c, int64_t stride_c) {
   if constexpr (ROWS > 0) {
-    if (rows == ROWS) {
-      gemm_block<ROWS, VECTORS>(depth, alpha, a, b, stride_b, beta, c, stride_c);
-    } else {
-      gemm_rows<ROWS - 1, VECTORS>(rows, depth, alpha, a, b, stride_b, beta, c, stride_c);
+    if (rows < ROWS) {
+      gemm_strip<ROWS - 1>(rows, columns, depth, alpha, a, b, beta, c, stride_c);
+      return;
+    }
+    constexpr int64_t width = kGemmColumns<T>;
+    const T* panel = b.data;
+    int64_t column = 0;
+    for (; column + width <= columns; column += width, panel += b.panel) {
+      gemm_block<ROWS, 2>(depth, alpha, a, panel, b.stride, beta, c + column, stride_c);
+    }
+    if (column < columns) {
+      gemm_block<ROWS, 1>(depth, alpha, a, panel, b.stride, beta, c + column, stride_c);
     }
   }
 }
@@ -104,21 +112,11 @@ inline void gemm_rows(int64_t rows, int64_t depth, T alpha, Strided<T> a, const 
 template <typename T>
 void multiply(int64_t rows, int64_t columns, int64_t depth, T alpha, Strided<T> a, Panels<T> b,
               T beta, T* c, int64_t stride_c) {
-  constexpr int64_t width = kGemmColumns<T>, height = kGemmRows<T>;
+  constexpr int64_t height = kGemmRows<T>;
   for (int64_t row = 0; row < rows; row += height) {
-    const int64_t count = std::min(height, rows - row);
-    const Strided<T> left{a.data + row * a.row, a.row, a.column};
-    const T* panel = b.data;
-    T* target = c + row * stride_c;
-    int64_t column = 0;
-    for (; column + width <= columns; column += width, panel += b.panel) {
-      gemm_rows<height, 2>(count, depth, alpha, left, panel, b.stride, beta, target + column,
-                           stride_c);
-    }
-    if (column < columns) {
-      gemm_rows<height, 1>(count, depth, alpha, left, panel, b.stride, beta, target + column,
-                           stride_c);
-    }
+    gemm_strip<height>(std::min(height, rows - row), columns, depth, alpha,
+                       Strided<T>{a.data + row * a.row, a.row, a.column}, b, beta,
+                       c + row * stride_c, stride_c);
   }
 }
 

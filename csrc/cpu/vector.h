@@ -5,6 +5,7 @@
 
 #include "padding.h"
 
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
 #include <cstdint>
@@ -25,25 +26,35 @@ constexpr int64_t whole_vectors(int64_t count) {
 
 template <typename T>
 T sum_of(const Vector<T>& vector) {
-  alignas(64) T lanes[Vector<T>::size()];
-  vector.store(lanes);
-  T sum = 0;
-  for (int lane = 0; lane < Vector<T>::size(); ++lane) sum += lanes[lane];
-  return sum;
+  return at::vec::vec_reduce_all<T>([](Vector<T> a, Vector<T> b) { return a + b; }, vector);
 }
 
 // Lane-wise maximum of a row; NaN wins.
 template <typename T>
 Vector<T> row_maxima(const T* row, int64_t count) {
-  Vector<T> best(-std::numeric_limits<T>::infinity());
-  for (int64_t i = 0; i < count; i += Vector<T>::size()) {
-    best = at::vec::maximum(best, Vector<T>::loadu(row + i));
+  using V = Vector<T>;
+  constexpr int64_t lanes = V::size();
+  V best[4];  // independent, since each maximum waits for the one before
+  for (V& x : best) x = V(-std::numeric_limits<T>::infinity());
+  int64_t i = 0;
+  for (; i + 4 * lanes <= count; i += 4 * lanes) {
+    for (int64_t k = 0; k < 4; ++k) {
+      best[k] = at::vec::maximum(best[k], V::loadu(row + i + k * lanes));
+    }
   }
-  return best;
+  for (; i < count; i += lanes) best[0] = at::vec::maximum(best[0], V::loadu(row + i));
+  return at::vec::maximum(at::vec::maximum(best[0], best[1]), at::vec::maximum(best[2], best[3]));
 }
 
+// The largest lane; NaN wins.
 template <typename T>
 T maximum_of(const Vector<T>& vector) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) {
+    const bool is_nan = _mm512_cmp_ps_mask(vector, vector, _CMP_UNORD_Q) != 0;
+    return is_nan ? std::numeric_limits<T>::quiet_NaN() : _mm512_reduce_max_ps(vector);
+  }
+#endif
   alignas(64) T lanes[Vector<T>::size()];
   vector.store(lanes);
   T result = lanes[0];
