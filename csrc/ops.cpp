@@ -44,8 +44,15 @@ TORCH_LIBRARY(driftar, library) {
   library.def(
       "entropy_to_sigma(Tensor entropy, float sigma_max, float tau, float entropy_max) -> Tensor");
   library.def(
+      "entropy_to_sigma_backward(Tensor grad, Tensor entropy, float sigma_max, float tau, "
+      "float entropy_max) -> Tensor");
+  library.def(
       "entropy_prior(Tensor mean, Tensor entropy, Tensor noise, float sigma_max, float tau, "
       "float entropy_max) -> Tensor");
+  library.def(
+      "entropy_prior_backward(Tensor grad, Tensor entropy, Tensor noise, float sigma_max, "
+      "float tau, float entropy_max, bool need_entropy, bool need_noise) -> "
+      "(Tensor grad_entropy, Tensor grad_noise)");
 }
 
 namespace {

@@ -7,10 +7,11 @@ Importing the package never fails because the compiled library does not load: th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 
 NAMESPACE = "driftar"
 
@@ -35,6 +36,9 @@ except (ImportError, OSError) as error:
     )
 
 
+_operators: dict[str, Any] = {}
+
+
 def register_fake(op: str, function: Callable[..., Any]) -> None:
     """Attach the shape function of a native operator, if it was built."""
     if native_error is None:
@@ -53,7 +57,39 @@ def register_autograd(
 
 def native(op: str) -> Any:
     """The registered operator, as ``torch.ops.driftar.<op>``."""
-    return getattr(getattr(torch.ops, NAMESPACE), op).default
+    found = _operators.get(op)
+    if found is None:
+        found = _operators[op] = getattr(getattr(torch.ops, NAMESPACE), op).default
+    return found
+
+
+def call(operator: Any, *arguments: Any) -> Any:
+    """Run a differentiable operator, past its autograd formula where nothing needs it.
+
+    The formula is Python, and passing it costs as much as several ATen calls.
+
+    Raises:
+        NotImplementedError: an argument carries a forward derivative, which would be lost.
+    """
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(operator, arguments)
+    if torch.is_grad_enabled():
+        for x in arguments:
+            if isinstance(x, torch.Tensor) and x.requires_grad:
+                return operator(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
+def _refuse_tangents(operator: Any, arguments: Iterable[Any]) -> None:
+    for x in arguments:
+        if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"{operator.name()}: forward derivatives are not provided by this backend; "
+                "use_backend('reference') computes them"
+            )
 
 
 def define_reference(op: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
