@@ -52,9 +52,12 @@ auto call_below(const Operator& op, Args&&... args) {
   return op.call(std::forward<Args>(args)...);
 }
 
+// Forward derivatives count: PyTorch refuses them for such nodes, where a plain call would lose
+// them.
 template <typename... Tensors>
 bool needs_gradient(const Tensors&... tensors) {
-  return at::GradMode::is_enabled() && (tensors.requires_grad() || ...);
+  return (at::GradMode::is_enabled() && (tensors.requires_grad() || ...)) ||
+         (tensors._fw_grad(/*level=*/0).defined() || ...);
 }
 
 optional<Tensor> optional_of(const Tensor& x) {

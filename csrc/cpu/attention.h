@@ -97,8 +97,6 @@ constexpr int64_t kBackwardQueryBlock = 64;
 constexpr int64_t kBackwardKeyBlock = 128;
 // Up to so many queries are multiplied with the keys as they lie; more are worth packing the keys.
 constexpr int64_t kDotRows = 2;
-// Up to so many queries wait for the keys and values to arrive rather than for arithmetic.
-constexpr int64_t kPrefetchRows = 64;
 // Rows that a matrix product takes together, at most.
 constexpr int64_t kMaxGemmRows = 8;
 // The entropy of the head-averaged map holds one tile of every head at once.

@@ -114,6 +114,7 @@ void AttentionKernel<isa, scalar_t>::forward(const AttentionForward<scalar_t>& c
   statistics.clear(rows);
   std::fill(out, out + rows * out_stride, acc_t(0));
 
+  const bool few = rows <= kDotRows;
   const bool wants_entropy = call.entropy != EntropyKind::none;
   const bool counts = wants_entropy && call.visibility.mask != nullptr;
   int64_t support[kQueryBlock] = {};
@@ -127,32 +128,36 @@ void AttentionKernel<isa, scalar_t>::forward(const AttentionForward<scalar_t>& c
           load_rows(call.key, b, key_head, column, tile.columns, call.width, key_buffer);
       const Rows<acc_t> values =
           load_rows(call.value, b, key_head, column, tile.columns, call.value_width, value_buffer);
-      if (rows <= kPrefetchRows) {
-        prefetch(values, tile.columns, value_width);
-        const int64_t coming = column + tile.columns;
-        if (keys.data != key_buffer) {
-          prefetch(Rows<acc_t>{keys.at(tile.columns), keys.stride},
-                   std::min(last - coming, key_block), width);
+      // The values, and later the next keys, are asked for in portions, so that they travel while
+      // there is something to compute.
+      for (int64_t c = 0; c < tile.columns; c += kGemmColumns<acc_t>) {
+        const int64_t count = std::min(kGemmColumns<acc_t>, tile.columns - c);
+        prefetch(values.from(c), count, value_width);
+        if (few) {
+          dot_products(rows, count, width, call.scale, queries, keys.from(c), scores + c,
+                       key_block);
+        } else {
+          pack_transposed(keys.from(c), count, call.width, call.scale, packed + c * call.width);
         }
       }
-      // Without panels the scores are dot products.
-      const Panels<acc_t> panels =
-          rows <= kDotRows ? Panels<acc_t>{}
-                           : pack_transposed(keys, tile.columns, call.width, call.scale, packed);
+      const int64_t coming =
+          keys.data == key_buffer ? 0 : std::min(last - column - tile.columns, key_block);
+      const int64_t portion = (coming + rows - 1) / rows;
       const bool guarded =
           is_partial(block, tile) && !all_finite(values, tile.columns, value_width);
       for_each_strip(block, tile, [&](const Strip& strip) {
-        if (panels.data == nullptr) {
-          dot_products(strip.rows, strip.columns, width, call.scale,
-                       Rows<acc_t>{queries.at(strip.first), queries.stride}, keys, scores,
-                       key_block);
-        } else {
-          score_products(block, strip, queries, panels, scores, key_block);
+        const int64_t next = strip.first + strip.rows;
+        prefetch(queries.from(next), std::min(kGemmRows<acc_t>, rows - next), width);
+        if (!few) {
+          score_products(block, strip, queries, packed_panels(packed, call.width), scores,
+                         key_block);
         }
         hide_keys(block, tile, strip, scores, key_block);
         for (int64_t r = 0; r < strip.rows; ++r) {
           acc_t* row_scores = scores + r * key_block;
           acc_t* row_out = out + (strip.first + r) * out_stride;
+          const int64_t ahead = (strip.first + r) * portion;
+          prefetch(keys.from(tile.columns + ahead), std::min(portion, coming - ahead), width);
           if (counts && column >= call.entropy_from) {
             support[strip.first + r] += count_visible(row_scores, strip.columns);
           }

@@ -37,6 +37,7 @@ struct Rows {
   int64_t stride;
 
   const T* at(int64_t r) const { return data + r * stride; }
+  Rows from(int64_t r) const { return {at(r), stride}; }
 };
 
 // `count` rows of one head from `first` on into `buffer`, whose rows are padded with zeros.

@@ -58,17 +58,17 @@ inline void gemm_block(int64_t depth, T alpha, Strided<T> a, const T* b, int64_t
   V sums[ROWS][VECTORS];
 #pragma GCC unroll 8
   for (int64_t i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int64_t j = 0; j < VECTORS; ++j) sums[i][j] = V(T(0));
   }
   for (int64_t p = 0; p < depth; ++p) {
     V right[VECTORS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int64_t j = 0; j < VECTORS; ++j) right[j] = V::loadu(b + p * stride_b + j * V::size());
 #pragma GCC unroll 8
     for (int64_t i = 0; i < ROWS; ++i) {
       const V factor(a.data[i * a.row + p * a.column]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int64_t j = 0; j < VECTORS; ++j) {
         sums[i][j] = at::vec::fmadd(factor, right[j], sums[i][j]);
       }
@@ -77,7 +77,7 @@ inline void gemm_block(int64_t depth, T alpha, Strided<T> a, const T* b, int64_t
   const V scale(alpha), keep(beta);
 #pragma GCC unroll 8
   for (int64_t i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int64_t j = 0; j < VECTORS; ++j) {
       T* target = c + i * stride_c + j * V::size();
       V result = scale * sums[i][j];
@@ -99,8 +99,24 @@ void gemm_strip(int64_t rows, int64_t columns, int64_t depth, T alpha, Strided<T
     constexpr int64_t width = kGemmColumns<T>;
     const T* panel = b.data;
     int64_t column = 0;
-    for (; column + width <= columns; column += width, panel += b.panel) {
+    if constexpr (ROWS <= kGemmRows<T> / 2) {  // so few rows leave registers for twice the columns
+      for (; b.panel == width && column + 2 * width <= columns;
+           column += 2 * width, panel += 2 * width) {
+        gemm_block<ROWS, 4>(depth, alpha, a, panel, b.stride, beta, c + column, stride_c);
+      }
+    }
+    // Three vectors at the end, where they fit the registers, rather than two and one.
+    constexpr bool wide = 3 * ROWS + 4 <= (sizeof(T) * Vector<T>::size() >= 64 ? 32 : 16);
+    const int64_t pairs =
+        wide && b.panel == width && columns % width != 0 ? columns - width : columns;
+    for (; column + width <= pairs; column += width, panel += b.panel) {
       gemm_block<ROWS, 2>(depth, alpha, a, panel, b.stride, beta, c + column, stride_c);
+    }
+    if constexpr (wide) {
+      if (columns - column == width + Vector<T>::size()) {
+        gemm_block<ROWS, 3>(depth, alpha, a, panel, b.stride, beta, c + column, stride_c);
+        return;
+      }
     }
     if (column < columns) {
       gemm_block<ROWS, 1>(depth, alpha, a, panel, b.stride, beta, c + column, stride_c);
@@ -120,6 +136,50 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, T alpha, Strided<T> 
   }
 }
 
+// target[p, j] = factor source[j, p] for a square of one vector's lanes.
+inline void transpose_square(const float* source, int64_t stride, float factor, float* target,
+                             int64_t target_stride) {
+#if defined(CPU_CAPABILITY_AVX512)
+  // Quarter m of the rows goes to 128-bit lane m while it is loaded; 4 x 4 squares are left.
+  const __m512 scale = _mm512_set1_ps(factor);
+  for (int p = 0; p < 16; p += 4) {
+    __m512 rows[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      const float* first = source + r * stride + p;
+      rows[r] = _mm512_castps128_ps512(_mm_loadu_ps(first));
+      rows[r] = _mm512_insertf32x4(rows[r], _mm_loadu_ps(first + 4 * stride), 1);
+      rows[r] = _mm512_insertf32x4(rows[r], _mm_loadu_ps(first + 8 * stride), 2);
+      rows[r] = _mm512_insertf32x4(rows[r], _mm_loadu_ps(first + 12 * stride), 3);
+    }
+    const __m512d low = _mm512_castps_pd(_mm512_unpacklo_ps(rows[0], rows[1]));
+    const __m512d high = _mm512_castps_pd(_mm512_unpackhi_ps(rows[0], rows[1]));
+    const __m512d other_low = _mm512_castps_pd(_mm512_unpacklo_ps(rows[2], rows[3]));
+    const __m512d other_high = _mm512_castps_pd(_mm512_unpackhi_ps(rows[2], rows[3]));
+    float* out = target + p * target_stride;
+    const __m512d columns[4] = {
+        _mm512_unpacklo_pd(low, other_low), _mm512_unpackhi_pd(low, other_low),
+        _mm512_unpacklo_pd(high, other_high), _mm512_unpackhi_pd(high, other_high)};
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      _mm512_storeu_ps(out + r * target_stride, _mm512_castpd_ps(columns[r]) * scale);
+    }
+  }
+#elif defined(CPU_CAPABILITY_AVX2)
+  at::vec::transpose_mxn<float, 8, 8>(source, stride, target, target_stride);
+  for (int p = 0; p < 8; ++p) {
+    (Vector<float>::loadu(target + p * target_stride) * Vector<float>(factor))
+        .store(target + p * target_stride);
+  }
+#else
+  for (int64_t p = 0; p < Vector<float>::size(); ++p) {
+    for (int64_t j = 0; j < Vector<float>::size(); ++j) {
+      target[p * target_stride + j] = factor * source[j * stride + p];
+    }
+  }
+#endif
+}
+
 // packed[p, j] = factor b(p, j) for a panel of `columns` columns, filled up with zeros.
 template <typename T>
 inline void pack_panel(Strided<T> b, int64_t depth, int64_t columns, T factor, T* packed) {
@@ -127,23 +187,21 @@ inline void pack_panel(Strided<T> b, int64_t depth, int64_t columns, T factor, T
   [[maybe_unused]] constexpr int64_t lanes = Vector<T>::size();
   if (columns < width) std::fill(packed, packed + depth * width, T(0));
   int64_t done = 0;  // depth already packed by square transposes
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   if constexpr (std::is_same_v<T, float>) {
     if (b.row == 1 && columns == width) {
       for (; done + lanes <= depth; done += lanes) {
         for (int64_t j = 0; j < width; j += lanes) {
-          at::vec::transpose_mxn<float, lanes, lanes>(b.data + done + j * b.column, b.column,
-                                                      packed + done * width + j, width);
+          transpose_square(b.data + done + j * b.column, b.column, factor,
+                           packed + done * width + j, width);
         }
       }
     }
   }
-#endif
   for (int64_t p = done; p < depth; ++p) {
-    for (int64_t j = 0; j < columns; ++j) packed[p * width + j] = b.data[p * b.row + j * b.column];
+    for (int64_t j = 0; j < columns; ++j) {
+      packed[p * width + j] = factor * b.data[p * b.row + j * b.column];
+    }
   }
-  if (factor == T(1)) return;
-  for (int64_t i = 0; i < depth * width; ++i) packed[i] *= factor;
 }
 
 // All panels of b[depth, columns].
