@@ -206,7 +206,7 @@ std::tuple<Tensor, Tensor> drift_force(const Tensor& gen, const Tensor& pos,
 
     const Tensor row_half = at::empty({call.batch, count, call.generated}, weight.options());
     const std::vector<int64_t> columns = {call.batch, call.chunks, count,
-                                          panel_padded<acc_t>(call.points)};
+                                          row_length<acc_t>(call.points)};
     const Tensor column_min = at::empty(columns, weight.options());
     const Tensor column_sum = at::empty(columns, weight.options());
     call.row_half = row_half.mutable_data_ptr<acc_t>();

@@ -46,6 +46,13 @@ constexpr int64_t panel_padded(int64_t columns) {
   return panels_of<T>(columns) * kPanelWidth<T>;
 }
 
+// Length of a row of M values: padded, and such that rows do not all fall into the same cache sets.
+template <typename T>
+constexpr int64_t row_length(int64_t points) {
+  const int64_t padded = panel_padded<T>(points);
+  return padded % (2048 / static_cast<int64_t>(sizeof(T))) == 0 ? padded + kPanelWidth<T> : padded;
+}
+
 // --- One large problem: work is dealt out in blocks of generated samples -------------------------
 
 // A block of N x M values is at most this many, but at least 8 and at most 64 samples high.
@@ -90,7 +97,7 @@ struct DriftForces : DriftBlocks<scalar_t> {
 // Two blocks of N x M values and three rows.
 template <typename acc_t>
 int64_t block_scratch(int64_t height, int64_t points) {
-  return (2 * height + 3) * panel_padded<acc_t>(points) + kBlockRows * kPanelWidth<acc_t>;
+  return (2 * height + 3) * row_length<acc_t>(points) + kBlockRows * kPanelWidth<acc_t>;
 }
 
 template <Isa isa, typename scalar_t>

@@ -22,7 +22,7 @@ struct ProblemMemory {
   acc_t* rest;
 
   ProblemMemory(int64_t generated, int64_t points, acc_t* memory)
-      : stride(panel_padded<acc_t>(points)),
+      : stride(row_length<acc_t>(points)),
         stripe(memory),
         values(stripe + stride * kPanelWidth<acc_t>),
         rest(values + generated * stride) {
@@ -74,7 +74,7 @@ struct ForceMemory : ProblemMemory<acc_t> {
   }
 };
 
-// Calls visit(t) for every temperature, with its affinities before weighting in place.
+// Calls visit(t, r, row) for every temperature and row of affinities before weighting.
 template <typename scalar_t, typename acc_t, typename Visitor>
 void each_affinity(const DriftBatch<scalar_t>& call, int64_t b, ForceMemory<acc_t>& memory,
                    Visitor&& visit) {
@@ -91,8 +91,8 @@ void each_affinity(const DriftBatch<scalar_t>& call, int64_t b, ForceMemory<acc_
   split_weights(call.weight + b * points, call.negatives(), points, memory.w_neg, memory.w_pos);
   for (int64_t t = 0; t < call.temperature_count; ++t) {
     whole_affinities(memory.values, rows, points, memory.minima, acc_t(1) / call.temperatures[t],
-                     memory.row_totals, memory.shifts, memory.columns, memory.affinity);
-    visit(t);
+                     memory.row_totals, memory.shifts, memory.columns, memory.affinity,
+                     [&](int64_t r, const acc_t* row) { visit(t, r, row); });
   }
 }
 
@@ -107,7 +107,7 @@ accumulate_t<scalar_t> inverse_unit(const DriftBatch<scalar_t>& call) {
 template <Isa isa, typename scalar_t>
 int64_t DriftBatchKernel<isa, scalar_t>::scratch(const DriftBatch<scalar_t>& call) {
   constexpr int64_t width = kPanelWidth<acc_t>;
-  const int64_t stride = panel_padded<acc_t>(call.points), rows = call.generated;
+  const int64_t stride = row_length<acc_t>(call.points), rows = call.generated;
   const int64_t problem = stride * width + rows * stride;
   const int64_t distances = stride * (2 + kBatchDepth<acc_t>);
   const int64_t forces =
@@ -129,7 +129,7 @@ double DriftBatchKernel<isa, scalar_t>::weighted_distance(const DriftBatch<scala
   }
   acc_t* weight = problem.rest;
   std::fill(std::copy_n(call.weight + b * points, points, weight), weight + stride, acc_t(0));
-  return weighted_sum(problem.values, rows, stride, weight);
+  return weighted_sum(problem.values, rows, panel_padded<acc_t>(points), stride, weight);
 }
 
 template <Isa isa, typename scalar_t>
@@ -139,11 +139,10 @@ void DriftBatchKernel<isa, scalar_t>::squares(const DriftBatch<scalar_t>& call, 
   const int64_t points = call.points, rows = call.generated, count = call.temperature_count;
   ForceMemory<acc_t> problem(rows, points, count, memory);
   const int64_t stride = problem.stride;
-  each_affinity(call, b, problem, [&](int64_t t) {
-    for (int64_t r = 0; r < rows; ++r) {
-      coefficient_row(problem.affinity + r * stride, stride, problem.w_neg, problem.w_pos,
-                      inverse_unit(call), false, problem.coefficients + (t * rows + r) * stride);
-    }
+  const acc_t factor = inverse_unit(call);
+  each_affinity(call, b, problem, [&](int64_t t, int64_t r, const acc_t* affinity) {
+    coefficient_row(affinity, stride, problem.w_neg, problem.w_pos, factor, false,
+                    problem.coefficients + (t * rows + r) * stride);
   });
   double* squares = std::fill_n(call.squares + b * count, count, 0.0) - count;
   for (int64_t first = 0; first < call.features; first += width) {
@@ -163,18 +162,20 @@ void DriftBatchKernel<isa, scalar_t>::combine(const DriftBatch<scalar_t>& call, 
   const int64_t points = call.points, rows = call.generated, features = call.features;
   ForceMemory<acc_t> problem(rows, points, 1, memory);
   const int64_t stride = problem.stride;
-  each_affinity(call, b, problem, [&](int64_t t) {
-    const acc_t factor = call.factors[t] * inverse_unit(call);
-    for (int64_t r = 0; r < rows; ++r) {
-      coefficient_row(problem.affinity + r * stride, stride, problem.w_neg, problem.w_pos, factor,
-                      t > 0, problem.coefficients + r * stride);
-    }
+  const acc_t inverse = inverse_unit(call);
+  each_affinity(call, b, problem, [&](int64_t t, int64_t r, const acc_t* affinity) {
+    coefficient_row(affinity, stride, problem.w_neg, problem.w_pos, call.factors[t] * inverse,
+                    t > 0, problem.coefficients + r * stride);
   });
   acc_t* force = call.force + b * rows * features;
   for (int64_t first = 0; first < features; first += width) {
-    centred_stripe(call, b, first, problem.stripe);
-    weighted_sums(rows, points, problem.coefficients, stride, problem.stripe, problem.sums);
     const int64_t columns = std::min(width, features - first);
+    centred_stripe(call, b, first, problem.stripe);
+    for (int64_t r = 0; r < rows; ++r) {  // fetched during the product
+      for (int64_t s = 0; s < columns; s += 64 / static_cast<int64_t>(sizeof(acc_t)))
+        __builtin_prefetch(force + r * features + first + s, 1, 2);
+    }
+    weighted_sums(rows, points, problem.coefficients, stride, problem.stripe, problem.sums);
     for (int64_t r = 0; r < rows; ++r)
       std::copy_n(problem.sums + r * width, columns, force + r * features + first);
   }

@@ -41,7 +41,7 @@ void DriftDistanceKernel<isa, scalar_t>::distances(const DriftBlocks<scalar_t>& 
   for (int64_t start = 0; start < features; start += kDepth) {
     inner_products(by_point + start * kPanelWidth<acc_t>, features * kPanelWidth<acc_t>,
                    std::min(kDepth, features - start), row, rows, call.points, start > 0, out,
-                   size);
+                   row_length<acc_t>(call.points));
   }
   products_to_distances(call, b, row, rows,
                         call.squared_norms + b * panels_of<acc_t>(features) * size, out);
@@ -52,7 +52,7 @@ double DriftDistanceKernel<isa, scalar_t>::weighted_distance(const DriftBlocks<s
                                                              int64_t task, acc_t* memory) {
   const int64_t b = task / call.blocks(), row = task % call.blocks() * call.height;
   const int64_t rows = std::min(call.height, call.generated - row);
-  const int64_t points = call.points, stride = panel_padded<acc_t>(points);
+  const int64_t points = call.points, stride = row_length<acc_t>(points);
   acc_t* values = memory;
   acc_t* weight = values + rows * stride;
   distances(call, b, row, rows, values);
@@ -61,7 +61,7 @@ double DriftDistanceKernel<isa, scalar_t>::weighted_distance(const DriftBlocks<s
     acc_t* kept = call.distances + (b * call.generated + row) * points;
     for (int64_t r = 0; r < rows; ++r) std::copy_n(values + r * stride, points, kept + r * points);
   }
-  return weighted_sum(values, rows, stride, weight);
+  return weighted_sum(values, rows, panel_padded<acc_t>(points), stride, weight);
 }
 
 template struct DriftDistanceKernel<Isa::DRIFTAR_ISA, float>;

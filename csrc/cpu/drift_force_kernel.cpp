@@ -29,7 +29,7 @@ void scaled_block(const DriftForces<scalar_t>& call, const Block& block, acc_t* 
                   Minima<acc_t>& minima) {
   const int64_t points = call.points;
   const acc_t* distances = scaled;
-  int64_t stride = panel_padded<acc_t>(points);
+  int64_t stride = row_length<acc_t>(points);
   if (call.kept != nullptr) {
     distances = call.kept + (block.b * call.generated + block.row) * points;
     stride = points;
@@ -45,7 +45,7 @@ template <Isa isa, typename scalar_t>
 void DriftForceKernel<isa, scalar_t>::normalisers(const DriftForces<scalar_t>& call, int64_t task,
                                                   acc_t* memory) {
   const int64_t b = task / call.chunks, chunk = task % call.chunks;
-  const int64_t stride = panel_padded<acc_t>(call.points), count = call.temperature_count;
+  const int64_t stride = row_length<acc_t>(call.points), count = call.temperature_count;
   acc_t row_minima[kBlockRows];
   acc_t* scaled = memory;
   acc_t* shifts = scaled + call.height * stride;
@@ -72,7 +72,7 @@ void DriftForceKernel<isa, scalar_t>::normalisers(const DriftForces<scalar_t>& c
 template <Isa isa, typename scalar_t>
 void DriftForceKernel<isa, scalar_t>::merge_columns(const DriftForces<scalar_t>& call,
                                                     int64_t task) {
-  const int64_t stride = panel_padded<acc_t>(call.points), count = call.temperature_count;
+  const int64_t stride = row_length<acc_t>(call.points), count = call.temperature_count;
   acc_t* column_min = call.column_min + task * call.chunks * count * stride;
   acc_t* column_sum = call.column_sum + task * call.chunks * count * stride;
   for (int64_t t = 0; t < count; ++t, column_min += stride, column_sum += stride) {
@@ -94,7 +94,7 @@ void DriftForceKernel<isa, scalar_t>::force(const DriftForces<scalar_t>& call, i
   constexpr int64_t width = kPanelWidth<acc_t>;
   const Block block = block_at(call, task / call.blocks(), task % call.blocks());
   const int64_t points = call.points, features = call.features, count = call.temperature_count;
-  const int64_t stride = panel_padded<acc_t>(points), stripes = panels_of<acc_t>(features);
+  const int64_t stride = row_length<acc_t>(points), stripes = panels_of<acc_t>(features);
   acc_t row_minima[kBlockRows];
   acc_t* scaled = memory;
   acc_t* coefficients = scaled + call.height * stride;

@@ -50,12 +50,17 @@ template <typename scalar_t, typename acc_t>
 void centred_stripe(const DriftPoints<scalar_t>& call, int64_t b, int64_t first, acc_t* stripe) {
   using V = Vector<acc_t>;
   constexpr int64_t width = kPanelWidth<acc_t>, vectors = width / V::size();
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(scalar_t));
   const int64_t count = std::min(width, call.features - first);
   acc_t* target = stripe;
   for (const Samples<scalar_t>& part : call.parts) {
     const scalar_t* source = part.data + b * part.batch + first * part.column;
+    // The next stripe, or the first of the next problem, comes into the cache meanwhile: short
+    // pieces of many rows are beyond the processor's own prefetching.
+    const int64_t ahead = first + width < call.features ? width : part.batch - first;
     for (int64_t i = 0; i < part.count; ++i, target += width, source += part.row) {
       if (count == width && part.column == 1) {
+        for (int64_t s = 0; s < width; s += line) __builtin_prefetch(source + ahead + s, 0, 2);
         for (int64_t s = 0; s < width; ++s) target[s] = static_cast<acc_t>(source[s]);
       } else {
         for (int64_t s = 0; s < count; ++s) target[s] = static_cast<acc_t>(source[s * part.column]);
@@ -141,14 +146,15 @@ template <typename scalar_t, typename acc_t>
 void products_to_distances(const DriftPoints<scalar_t>& call, int64_t b, int64_t row, int64_t rows,
                            const acc_t* norms, acc_t* values) {
   using V = Vector<acc_t>;
-  const int64_t points = call.points, stride = panel_padded<acc_t>(points);
+  const int64_t points = call.points, stride = row_length<acc_t>(points);
+  const int64_t count = panel_padded<acc_t>(points);
   const V share{acc_t(kCloseShare)}, minus_two(acc_t(-2)), floor{acc_t(kMinDistance)};
   for (int64_t r = 0; r < rows; ++r) {
     acc_t* x = values + r * stride;
     const acc_t own = norms[row + r];
     x[row + r] = 0;  // not close in the eyes of the first loop
     V margin(acc_t(0));
-    for (int64_t j = 0; j < stride; j += V::size()) {
+    for (int64_t j = 0; j < count; j += V::size()) {
       const V sum = V(own) + V::loadu(norms + j);
       const V squared = at::vec::fmadd(minus_two, V::loadu(x + j), sum);
       margin = at::vec::minimum(margin, squared - share * sum);
@@ -161,21 +167,22 @@ void products_to_distances(const DriftPoints<scalar_t>& call, int64_t b, int64_t
       }
     }
     x[row + r] = 0;
-    for (int64_t j = 0; j < stride; j += V::size()) {
+    for (int64_t j = 0; j < count; j += V::size()) {
       at::vec::clamp_min(V::loadu(x + j).sqrt(), floor).store(x + j);
     }
   }
 }
 
-// sum_ij d_ij w_j of distances [rows, M padded]; weight is padded with zeros.
+// sum_ij d_ij w_j of distances whose rows lie `stride` apart; weight is padded with zeros.
 template <typename T>
-double weighted_sum(const T* distances, int64_t rows, int64_t stride, const T* weight) {
+double weighted_sum(const T* distances, int64_t rows, int64_t count, int64_t stride,
+                    const T* weight) {
   using V = Vector<T>;
   double total = 0;
   for (int64_t r = 0; r < rows; ++r) {
     V sums[2] = {V(T(0)), V(T(0))};
     const T* row = distances + r * stride;
-    for (int64_t j = 0; j < stride; j += 2 * V::size()) {
+    for (int64_t j = 0; j < count; j += 2 * V::size()) {
       for (int64_t v = 0; v < 2; ++v) {
         const int64_t at = j + v * V::size();
         sums[v] = at::vec::fmadd(V::loadu(row + at), V::loadu(weight + at), sums[v]);

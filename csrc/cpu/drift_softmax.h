@@ -42,7 +42,7 @@ void scale_distances(const T* distances, int64_t source_stride, int64_t row, int
                      int64_t points, T scale, T* scaled, Minima<T>& minima) {
   using V = Vector<T>;
   constexpr T kInfinite = std::numeric_limits<T>::infinity();
-  const int64_t stride = panel_padded<T>(points);
+  const int64_t stride = row_length<T>(points);
   const T factor = T(1) / std::max(scale, T(kMinScale));
   minima.lowest = kInfinite, minima.highest = -kInfinite;
   std::fill_n(minima.column, stride, kInfinite);
@@ -164,17 +164,19 @@ void affinity_row(const T* scaled, int64_t stride, T inverse, T row_half, const 
 // Affinities before weighting of a whole problem [rows, M padded]. Where one shift serves all rows
 // and columns, one exponential serves both softmaxes: a_ij^2 = (e_ij / sum_j e_ij) (e_ij / sum_i
 // e_ij).
-template <typename T>
+// Calls visit(r, row) for every row, while it is in the cache.
+template <typename T, typename Visitor>
 void whole_affinities(const T* scaled, int64_t rows, int64_t points, const Minima<T>& minima,
-                      T inverse, T* row_totals, T* shifts, T* columns, T* out) {
+                      T inverse, T* row_totals, T* shifts, T* columns, T* out, Visitor&& visit) {
   using V = Vector<T>;
-  const int64_t stride = panel_padded<T>(points);
+  const int64_t stride = row_length<T>(points);
   if (!minima.shared(inverse)) {
     softmax_sums(scaled, rows, stride, minima, inverse, row_totals, shifts, columns);
     for (int64_t j = 0; j < points; ++j) columns[j] = half_lse(columns[j], shifts[j], inverse);
     std::fill(columns + points, columns + stride, T(0));
     for (int64_t r = 0; r < rows; ++r) {
-      affinity_row(scaled + r * stride, stride, inverse, row_totals[r], columns, out + r * stride);
+      affinity_row(scaled + r * stride, stride, inverse, row_totals[r], columns, out);
+      visit(r, out);
     }
     return;
   }
@@ -195,6 +197,7 @@ void whole_affinities(const T* scaled, int64_t rows, int64_t points, const Minim
       const V affinity = V::loadu(row + j) * own * V::loadu(columns + j);
       at::vec::maximum(affinity, floor).store(row + j);
     }
+    visit(r, row);
   }
 }
 
@@ -222,7 +225,7 @@ void coefficient_row(const T* affinity, int64_t stride, const T* w_neg, const T*
 // Weights [M] of a problem, padded and split for coefficient_row.
 template <typename T>
 void split_weights(const T* weight, int64_t negatives, int64_t points, T* w_neg, T* w_pos) {
-  const int64_t stride = panel_padded<T>(points);
+  const int64_t stride = row_length<T>(points);
   std::fill(std::copy_n(weight, negatives, w_neg), w_neg + stride, T(0));
   std::fill_n(w_pos, stride, T(0));
   std::copy(weight + negatives, weight + points, w_pos + negatives);
