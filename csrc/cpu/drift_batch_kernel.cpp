@@ -1,8 +1,7 @@
 // Many small drifting problems: every task centres, packs and multiplies one problem stripe by
 // stripe, so that nothing but the inputs, the kept distances and the final force meets memory.
 
-#include "drift_points.h"
-#include "drift_product.h"
+#include "drift_gram.h"
 #include "drift_softmax.h"
 
 namespace driftar::cpu {
@@ -30,22 +29,33 @@ struct ProblemMemory {
   }
 };
 
-template <typename scalar_t, typename acc_t>
-void distances_of(const DriftBatch<scalar_t>& call, int64_t b, const ProblemMemory<acc_t>& memory) {
+// Calls visit(start, depth, by_point) for every block of features, with its points packed panels
+// kBatchDepth * width apart, and sums up the squared norms. by_point has room for M padded x
+// kBatchDepth.
+template <typename scalar_t, typename acc_t, typename Visitor>
+void each_packed(const DriftBatch<scalar_t>& call, int64_t b, acc_t* stripe, acc_t* norms,
+                 acc_t* by_point, Visitor&& visit) {
   constexpr int64_t width = kPanelWidth<acc_t>, depth = kBatchDepth<acc_t>;
-  const int64_t points = call.points, features = call.features;
-  acc_t* norms = memory.rest;
-  acc_t* by_point = norms + memory.stride;  // [stripes, depth, width]
-  for (int64_t start = 0; start < features; start += depth) {
-    const int64_t end = std::min(start + depth, features);
+  for (int64_t start = 0; start < call.features; start += depth) {
+    const int64_t end = std::min(start + depth, call.features);
     for (int64_t first = start; first < end; first += width) {
-      centred_stripe(call, b, first, memory.stripe);
-      transpose_stripe(memory.stripe, points, std::min(width, end - first),
+      centred_stripe(call, b, first, stripe);
+      transpose_stripe(stripe, call.points, std::min(width, end - first),
                        by_point + (first - start) * width, depth * width, first > 0, norms);
     }
-    inner_products(by_point, depth * width, end - start, 0, call.generated, points, start > 0,
-                   memory.values, memory.stride);
+    visit(start, end - start, by_point);
   }
+}
+
+template <typename scalar_t, typename acc_t>
+void distances_of(const DriftBatch<scalar_t>& call, int64_t b, const ProblemMemory<acc_t>& memory) {
+  constexpr int64_t panel_stride = kBatchDepth<acc_t> * kPanelWidth<acc_t>;
+  acc_t* norms = memory.rest;
+  each_packed(call, b, memory.stripe, norms, norms + memory.stride,
+              [&](int64_t start, int64_t depth, const acc_t* by_point) {
+                inner_products(by_point, panel_stride, depth, 0, call.generated, call.points,
+                               start > 0, memory.values, memory.stride);
+              });
   products_to_distances(call, b, 0, call.generated, norms, memory.values);
 }
 
@@ -102,6 +112,18 @@ accumulate_t<scalar_t> inverse_unit(const DriftBatch<scalar_t>& call) {
   return 1 / std::max(call.scale / std::sqrt(static_cast<acc_t>(call.features)), acc_t(kMinScale));
 }
 
+template <typename scalar_t>
+bool uses_gram(const DriftBatch<scalar_t>& call) {
+  return gram_pays(call.generated, call.points, call.features, call.temperature_count);
+}
+
+// The norms and inner products of all points, at the end of the scratch memory.
+template <typename scalar_t>
+int64_t gram_scratch(const DriftBatch<scalar_t>& call) {
+  const int64_t size = panel_padded<accumulate_t<scalar_t>>(call.points);
+  return uses_gram(call) ? size * (size + 1) : 0;
+}
+
 }  // namespace
 
 template <Isa isa, typename scalar_t>
@@ -112,7 +134,7 @@ int64_t DriftBatchKernel<isa, scalar_t>::scratch(const DriftBatch<scalar_t>& cal
   const int64_t distances = stride * (2 + kBatchDepth<acc_t>);
   const int64_t forces =
       (call.temperature_count + 1) * rows * stride + 5 * stride + 2 * rows + rows * width;
-  return problem + std::max(distances, forces);
+  return problem + std::max(distances, forces) + gram_scratch(call);
 }
 
 template <Isa isa, typename scalar_t>
@@ -139,12 +161,29 @@ void DriftBatchKernel<isa, scalar_t>::squares(const DriftBatch<scalar_t>& call, 
   const int64_t points = call.points, rows = call.generated, count = call.temperature_count;
   ForceMemory<acc_t> problem(rows, points, count, memory);
   const int64_t stride = problem.stride;
+  acc_t* norms = memory + scratch(call) - gram_scratch(call);
+  acc_t* gram = norms + panel_padded<acc_t>(points);
+  if (uses_gram(call)) {
+    each_packed(call, b, problem.stripe, norms, problem.rest,
+                [&](int64_t start, int64_t depth, const acc_t* by_point) {
+                  add_gram(by_point, kBatchDepth<acc_t> * width, depth, points, start > 0, gram);
+                });
+    mirror_gram(points, gram);
+  }
   const acc_t factor = inverse_unit(call);
   each_affinity(call, b, problem, [&](int64_t t, int64_t r, const acc_t* affinity) {
     coefficient_row(affinity, stride, problem.w_neg, problem.w_pos, factor, false,
                     problem.coefficients + (t * rows + r) * stride);
   });
-  double* squares = std::fill_n(call.squares + b * count, count, 0.0) - count;
+  double* squares = call.squares + b * count;
+  bool settled = uses_gram(call);
+  for (int64_t t = 0; t < count && settled; ++t) {
+    squares[t] = quadratic_form(problem.coefficients + t * rows * stride, rows, points, stride,
+                                gram, norms, problem.sums);
+    settled = squares[t] >= 0;
+  }
+  if (settled) return;
+  std::fill_n(squares, count, 0.0);
   for (int64_t first = 0; first < call.features; first += width) {
     centred_stripe(call, b, first, problem.stripe);
     for (int64_t t = 0; t < count; ++t) {

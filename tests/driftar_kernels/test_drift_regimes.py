@@ -87,6 +87,16 @@ def test_all_points_equal(backend: str, batch: int, count: int) -> None:
     assert float(field.force.abs().max()) < 1e-3
 
 
+@pytest.mark.parametrize("noise", [1.0, 0.1, 1e-3])
+def test_forces_that_nearly_cancel(backend: str, noise: float) -> None:
+    """Many features and few points: norms come from inner products unless these cancel."""
+    gen, _, neg, _ = drift_inputs(drift.MIN_PROBLEMS, 24, 24, 5, 700)
+    assert neg is not None
+    pos = gen + noise * normal(*gen.shape, seed=9)
+    for weight in (1.0, 0.0):
+        check(gen, pos, neg, neg_weight=torch.full(neg.shape[:2], weight))
+
+
 @BATCHES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes(backend: str, batch: int, dtype: torch.dtype) -> None:
