@@ -42,6 +42,12 @@ TORCH_LIBRARY(driftar, library) {
       "drift_force(Tensor gen, Tensor pos, Tensor? neg, Tensor weight, Tensor distances, "
       "Tensor scale, float[] temperatures) -> (Tensor force, Tensor squares)");
   library.def(
+      "drift_squares(Tensor gen, Tensor pos, Tensor? neg, Tensor weight, Tensor distances, "
+      "Tensor scale, float[] temperatures) -> Tensor");
+  library.def(
+      "drift_combined_force(Tensor gen, Tensor pos, Tensor? neg, Tensor weight, Tensor distances, "
+      "Tensor scale, float[] temperatures, Tensor factors) -> Tensor");
+  library.def(
       "entropy_to_sigma(Tensor entropy, float sigma_max, float tau, float entropy_max) -> Tensor");
   library.def(
       "entropy_to_sigma_backward(Tensor grad, Tensor entropy, float sigma_max, float tau, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from driftar_kernels import (
     DraftTree,
     attention,
     commit_path,
+    drift,
     drift_field,
     drift_loss,
     entropy_prior,
@@ -85,8 +87,12 @@ def run_drift() -> None:
         gen, pos, neg, keywords = drift_inputs(batch, count, negatives=negatives, weighted=weighted)
         drift_field(gen, pos, neg, **keywords)
         drift_loss(gen.requires_grad_(), pos, neg, **keywords).backward()
-    gen, pos, _, _ = drift_inputs(1, 700, 800, 0, 4)  # too large for keeping the distances
-    drift_field(gen, pos)
+    for batch in (1, drift.MIN_PROBLEMS):
+        gen, pos, neg, _ = drift_inputs(batch, 17, 20, 3, 4)
+        drift_field(gen, pos, neg)
+        # Too large for keeping the distances.
+        with mock.patch.multiple(drift, MAX_KEPT=0, MAX_KEPT_OF_SMALL=0):
+            drift_field(gen, pos, neg)
     gen, pos, neg, _ = drift_inputs(dtype=torch.bfloat16)
     drift_field(gen, pos, neg)
 
