@@ -31,7 +31,7 @@ void add_gram(const T* by_point, int64_t panel_stride, int64_t depth, int64_t po
   const int64_t size = panel_padded<T>(points);
   for (int64_t panel = 0; panel < panels_of<T>(points); ++panel) {
     for (int64_t other = 0; other <= panel; ++other) {
-      multiply_panel(width, depth, LeftFactor<T>{by_point + other * panel_stride, 1, width},
+      multiply_panel(width, depth, Strided<T>{by_point + other * panel_stride, 1, width},
                      by_point + panel * panel_stride, add,
                      gram + (panel * size + other * width) * width, width);
     }

@@ -13,23 +13,20 @@
 namespace driftar::cpu {
 namespace {
 
-enum class Layout : bool { normal, transposed };
-
 // Register block: kGemmRows x (2 vectors) accumulators, two vectors of B and one broadcast of A fit
 // 32 (AVX-512) or 16 registers.
 template <typename T>
 constexpr int64_t kGemmColumns = 2 * Vector<T>::size();
 template <typename T>
 constexpr int64_t kGemmRows = sizeof(T) * Vector<T>::size() >= 64 ? 8 : 6;
-// Depth of a packed panel of B: 32 kB.
-template <typename T>
-constexpr int64_t kGemmDepth = 32768 / static_cast<int64_t>(sizeof(T)) / kGemmColumns<T>;
 
 // An operand of which element (i, p) is data[i * row + p * column].
 template <typename T>
 struct Strided {
   const T* data;
   int64_t row, column;
+
+  Strided from(int64_t i, int64_t p) const { return {data + i * row + p * column, row, column}; }
 };
 
 // A right operand as panels of kGemmColumns columns: element (p, j) lies at
@@ -130,8 +127,7 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, T alpha, Strided<T> 
               T beta, T* c, int64_t stride_c) {
   constexpr int64_t height = kGemmRows<T>;
   for (int64_t row = 0; row < rows; row += height) {
-    gemm_strip<height>(std::min(height, rows - row), columns, depth, alpha,
-                       Strided<T>{a.data + row * a.row, a.row, a.column}, b, beta,
+    gemm_strip<height>(std::min(height, rows - row), columns, depth, alpha, a.from(row, 0), b, beta,
                        c + row * stride_c, stride_c);
   }
 }
@@ -214,52 +210,6 @@ Panels<T> pack(Strided<T> b, int64_t depth, int64_t columns, T factor, T* packed
                std::min(width, columns - column), factor, packed + column / width * panels.panel);
   }
   return panels;
-}
-
-// C[m, n] = alpha op(A) op(B) + beta C. op(A) is [m, k], op(B) is [k, n]; A and B are stored as [m,
-// k] and [k, n] (normal) or as [k, m] and [n, k] (transposed), each with its own row stride. C is
-// not read when beta is 0.
-template <typename T>
-void gemm(Layout layout_a, Layout layout_b, int64_t m, int64_t n, int64_t k, T alpha, const T* a,
-          int64_t stride_a, const T* b, int64_t stride_b, T beta, T* c, int64_t stride_c) {
-  constexpr int64_t width = kGemmColumns<T>, height = kGemmRows<T>;
-  const bool a_transposed = layout_a == Layout::transposed;
-  const bool b_transposed = layout_b == Layout::transposed;
-  const Strided<T> all_a{a, a_transposed ? 1 : stride_a, a_transposed ? stride_a : 1};
-  const Strided<T> all_b{b, b_transposed ? 1 : stride_b, b_transposed ? stride_b : 1};
-  alignas(64) T packed[kGemmDepth<T> * width];
-  alignas(64) T edge[height * width];
-
-  // At least one round, so that k = 0 still scales C.
-  for (int64_t start = 0; start == 0 || start < k; start += kGemmDepth<T>) {
-    const int64_t depth = std::min(kGemmDepth<T>, k - start);
-    const T factor = start == 0 ? beta : T(1);
-    for (int64_t column = 0; column < n; column += width) {
-      const int64_t columns = std::min(width, n - column);
-      const Strided<T> panel{all_b.data + start * all_b.row + column * all_b.column, all_b.row,
-                             all_b.column};
-      const bool direct = !b_transposed && columns == width;
-      if (!direct) pack_panel(panel, depth, columns, T(1), packed);
-      const Panels<T> right =
-          direct ? in_place(panel.data, stride_b) : packed_panels(packed, depth);
-      const Strided<T> left{all_a.data + start * all_a.column, all_a.row, all_a.column};
-      if (columns == width) {
-        multiply(m, width, depth, alpha, left, right, factor, c + column, stride_c);
-        continue;
-      }
-      for (int64_t row = 0; row < m; row += height) {
-        const int64_t rows = std::min(height, m - row);
-        multiply(rows, width, depth, alpha, {left.data + row * left.row, left.row, left.column},
-                 right, T(0), edge, width);
-        for (int64_t i = 0; i < rows; ++i) {
-          for (int64_t j = 0; j < columns; ++j) {
-            T& value = c[(row + i) * stride_c + column + j];
-            value = edge[i * width + j] + (factor == T(0) ? T(0) : factor * value);
-          }
-        }
-      }
-    }
-  }
 }
 
 }  // namespace

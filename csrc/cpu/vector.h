@@ -65,11 +65,6 @@ T maximum_of(const Vector<T>& vector) {
 }
 
 template <typename T>
-T row_maximum(const T* row, int64_t count) {
-  return maximum_of(row_maxima(row, count));
-}
-
-template <typename T>
 bool all_at_most(const Vector<T>& vector, T limit) {
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<T, float>) {
@@ -110,45 +105,21 @@ inline Vector<float> exponential(Vector<float> x) {
 
 inline Vector<double> exponential(Vector<double> x) { return x.exp(); }
 
-// exp(row - shift) of one vector; `exponent` receives row - shift. Its floor keeps exp(-inf) * -inf
-// from being NaN.
-template <typename T>
-Vector<T> exponential_at(const T* row, Vector<T> shift, Vector<T>& exponent) {
-  exponent = Vector<T>::loadu(row) - shift;
-  const Vector<T> e = exponential(exponent);
-  exponent = at::vec::clamp_min(exponent, Vector<T>(std::numeric_limits<T>::lowest()));
-  return e;
-}
-
 // row = exp(row - shift); adds exp(row - shift) to `totals` and exp(row - shift) (row - shift) to
 // `moments`. -inf contributes 0 to all.
 template <typename T>
 void absorb_exponentials(T* row, int64_t count, T shift, Vector<T>& totals, Vector<T>& moments) {
   const Vector<T> offset(shift);
-  Vector<T> total = totals, moment = moments, exponent(T(0));
+  const Vector<T> least(std::numeric_limits<T>::lowest());  // keeps 0 * -inf out of the moment
+  Vector<T> total = totals, moment = moments;
   for (int64_t i = 0; i < count; i += Vector<T>::size()) {
-    const Vector<T> e = exponential_at(row + i, offset, exponent);
+    const Vector<T> exponent = Vector<T>::loadu(row + i) - offset;
+    const Vector<T> e = exponential(exponent);
     total = total + e;
-    moment = at::vec::fmadd(e, exponent, moment);
+    moment = at::vec::fmadd(e, at::vec::clamp_min(exponent, least), moment);
     e.store(row + i);
   }
   totals = total, moments = moment;
-}
-
-// exp(row - shift), its sum and the sum of exp(row - shift) (row - shift); -inf contributes 0 to
-// all. The exponentials are written to `out` unless it is null.
-template <typename T>
-void row_exponentials(const T* row, int64_t count, T shift, T* out, T& total, T& moment) {
-  const Vector<T> offset(shift);
-  Vector<T> totals(T(0)), moments(T(0)), x(T(0));
-  for (int64_t i = 0; i < count; i += Vector<T>::size()) {
-    const Vector<T> e = exponential_at(row + i, offset, x);
-    totals = totals + e;
-    moments = moments + e * x;
-    if (out != nullptr) e.store(out + i);
-  }
-  total = sum_of(totals);
-  moment = sum_of(moments);
 }
 
 template <typename T>
@@ -167,11 +138,6 @@ void row_logarithm(T* row, int64_t count) {
   for (int64_t i = 0; i < count; i += Vector<T>::size()) {
     at::vec::maximum(Vector<T>::loadu(row + i), floor).log().store(row + i);
   }
-}
-
-template <typename T>
-void row_scale(T* row, int64_t count, T factor) {
-  for (int64_t i = 0; i < count; ++i) row[i] *= factor;
 }
 
 }  // namespace
