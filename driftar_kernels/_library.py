@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,20 +37,62 @@ except (ImportError, OSError) as error:
     )
 
 
-def register_fake(op: str, function: Callable[..., Any]) -> None:
-    """Attach the shape function of a native operator, if it was built."""
-    if native_error is None:
-        torch.library.register_fake(f"{NAMESPACE}::{op}", function)
+TRITON_SUFFIX = "_triton"
+
+_fragment = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def _variants() -> tuple[str, ...]:
+    """Name suffixes under which every operator is registered."""
+    return (TRITON_SUFFIX,) if native_error else ("", TRITON_SUFFIX)
+
+
+def register_fake(op: str, fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> None:
+    """Attach the shape function of an operator, and derive the operator's Triton twin from it.
+
+    The signature of ``fake`` is the operator's schema, so the twin exists whether or not the
+    compiled library does. ``mutates`` names the arguments that are written in place.
+    """
+    twin = op + TRITON_SUFFIX
+    _fragment.define(torch.library.infer_schema(fake, mutates_args=mutates, op_name=twin))
+    for device in ("CPU", "CUDA"):
+        _fragment.impl(twin, _triton_launcher(op), device)
+    for suffix in _variants():
+        torch.library.register_fake(f"{NAMESPACE}::{op}{suffix}", fake)
 
 
 def register_autograd(
     op: str,
     backward: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
+    *,
+    backward_op: str | None = None,
 ) -> None:
-    """Attach the gradient formula of a native operator, if it was built."""
-    if native_error is None:
-        torch.library.register_autograd(f"{NAMESPACE}::{op}", backward, setup_context=setup_context)
+    """Attach the gradient formula of an operator; ``backward`` gets the variant of
+    ``backward_op``, where one is named, as its first argument.
+    """
+    for suffix in _variants():
+        formula = partial(backward, f"{backward_op}{suffix}") if backward_op else backward
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{op}{suffix}", formula, setup_context=setup_context
+        )
+
+
+def _triton_launcher(op: str) -> Callable[..., Any]:
+    def launch(*arguments: Any) -> Any:
+        from . import triton  # takes a while to import, and nobody else needs it
+
+        device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
+        guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with guard:
+            return getattr(triton, op)(*arguments)
+
+    return launch
+
+
+def operator(op: str, backend: str) -> Any:
+    """The registered operator that ``backend`` runs."""
+    return native(op + TRITON_SUFFIX if backend == "triton" else op)
 
 
 def native(op: str) -> Any:

@@ -108,8 +108,9 @@ def attention(
     if dtype is not None:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     backend = backends.select("attention", query.device)
-    if backend == "reference":
+    if backend != "cpu":
         _check_lengths(key, key_lengths, parents)
+    if backend == "reference":
         with _checks.without_autocast(query.device):
             return AttentionOutput(
                 *reference.attention(
@@ -130,7 +131,7 @@ def attention(
     offsets, offset = (
         (query_offset, 0) if isinstance(query_offset, Tensor) else (None, query_offset)
     )
-    out, row_entropy, lse, max_score, *_ = _library.native("attention_forward")(
+    out, row_entropy, lse, max_score, *_ = _library.operator("attention_forward", backend)(
         query,
         key,
         value,
@@ -242,7 +243,7 @@ def _check_per_sample(name: str, value: Tensor, batch: int, device: torch.device
 
 
 def _check_lengths(key: Tensor, key_lengths: Tensor | None, parents: Tensor | None) -> None:
-    """Range of key_lengths; the native backends check it themselves."""
+    """Range of key_lengths; the C++ kernels check it themselves."""
     if key_lengths is None or not _checks.readable(key_lengths) or key_lengths.numel() == 0:
         return
     limit = key.shape[2] - (0 if parents is None else parents.shape[1])
@@ -265,7 +266,7 @@ def _forward_fake(
     entropy: str,
     normalize: bool,
     entropy_from: int,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = tuple(query.shape[:3])
     dtype = reference.accumulation_dtype(query.dtype)
     statistic = (0,) if entropy == "none" else rows
@@ -288,7 +289,20 @@ def _backward_fake(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *rest: Any,
+    attn_mask: Tensor | None,
+    query_offsets: Tensor | None,
+    key_lengths: Tensor | None,
+    parents: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    entropy_lse: Tensor,
+    entropy_cross: Tensor,
+    entropy_norm: Tensor,
+    query_offset: int,
+    scale: float,
+    is_causal: bool,
+    entropy: str,
+    entropy_from: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(x.new_empty(x.shape) for x in (query, key, value))  # type: ignore[return-value]
 
@@ -303,10 +317,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(
-    ctx: Any, grad_out: Tensor, grad_entropy: Tensor, grad_lse: Tensor, *unused: Any
+    operator: str,
+    ctx: Any,
+    grad_out: Tensor,
+    grad_entropy: Tensor,
+    grad_lse: Tensor,
+    *unused: Any,
 ) -> tuple[Tensor | None, ...]:
     offset, scale, is_causal, entropy, _, entropy_from = ctx.settings
-    gradients = _library.native("attention_backward")(
+    gradients = _library.native(operator)(
         grad_out,
         grad_entropy,
         grad_lse,
@@ -329,5 +348,7 @@ def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
 
 _library.register_fake("attention_forward", _forward_fake)
 _library.register_fake("attention_backward", _backward_fake)
-_library.register_autograd("attention_forward", _backward, _setup_context)
+_library.register_autograd(
+    "attention_forward", _backward, _setup_context, backward_op="attention_backward"
+)
 _library.register_autograd("attention_backward", _no_second_derivative)

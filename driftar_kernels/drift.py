@@ -146,7 +146,7 @@ def _field(
         if backend == "reference":
             _, sums = reference.drift_distances(gen, pos, neg, weight)
         else:
-            distances, sums = _library.native("drift_distances")(
+            distances, sums = _library.operator("drift_distances", backend)(
                 gen, pos, neg, weight, _keep_distances(gen, weight)
             )
         sums = _all_reduce(sums, group)
@@ -154,7 +154,7 @@ def _field(
         if backend == "reference":
             raw, squares = reference.drift_force(gen, pos, neg, weight, scale, values)
         else:
-            raw, squares = _library.native("drift_force")(
+            raw, squares = _library.operator("drift_force", backend)(
                 gen, pos, neg, weight, distances, scale, values
             )
         count = squares.new_full((1,), gen.numel())

@@ -36,9 +36,10 @@ def entropy_to_sigma(
     _checks.tensor("entropy_to_sigma", "entropy", entropy)
     _checks.floating("entropy_to_sigma", entropy=entropy)
     settings = _check_settings("entropy_to_sigma", sigma_max, tau, entropy_max)
-    if backends.select("entropy_to_sigma", entropy.device) == "reference":
+    backend = backends.select("entropy_to_sigma", entropy.device)
+    if backend == "reference":
         return reference.entropy_to_sigma(entropy, *settings)
-    result: Tensor = _library.native("entropy_to_sigma")(entropy, *settings)
+    result: Tensor = _library.operator("entropy_to_sigma", backend)(entropy, *settings)
     return result
 
 
@@ -79,9 +80,10 @@ def entropy_prior(
     _checks.shape(op, "noise", noise, mean.shape, "[..., C]")
     _checks.shape(op, "entropy", entropy, mean.shape[:-1], "[...]")
     settings = _check_settings(op, sigma_max, tau, entropy_max)
-    if backends.select(op, mean.device) == "reference":
+    backend = backends.select(op, mean.device)
+    if backend == "reference":
         return reference.entropy_prior(mean, entropy, noise, *settings)
-    result: Tensor = _library.native(op)(mean, entropy, noise, *settings)
+    result: Tensor = _library.operator(op, backend)(mean, entropy, noise, *settings)
     return result
 
 

@@ -1,0 +1,1 @@
+drift_distances=drift_force=None

@@ -1,0 +1,120 @@
+"""The one table of tile sizes, warps and pipeline stages.
+
+Choices are made here, by class of shape, rather than by timing at run time: nothing is compiled
+per sequence length and results do not vary between runs. Registers and shared memory of every
+choice are reported by ``python -m driftar_kernels.triton.resources``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from ..backends import TRITON_INTERPRETED as INTERPRETED  # whose programs run one by one, slowly
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Shape of a program's tile and how it is run.
+
+    Attributes:
+        rows, columns: elements of the tile.
+        warps: of 32 threads.
+        stages: depth of the software pipeline of global loads.
+    """
+
+    rows: int
+    columns: int
+    warps: int = 4
+    stages: int = 1
+
+
+ELEMENTWISE = Tile(16, 64)
+TREE_COLUMNS = 32  # columns of draft and target that a tree's program reads at a time
+COMMIT_COLUMNS = 128
+MERGE_ROWS = 16
+FEW_ROWS = 64  # up to here keys are split over programs
+# (pass, bytes of an element) -> {largest padded head dimension: tile of queries x keys}. The tiles
+# bound the registers of the accumulators: queries x Dv forward, queries x D for the queries'
+# gradient, keys x (D + Dv) for the keys'.
+ATTENTION: dict[tuple[str, int], dict[int, Tile]] = {
+    ("forward", 2): {
+        64: Tile(128, 64, 4, 3),
+        128: Tile(128, 64, 8, 3),
+        256: Tile(64, 32, 8, 2),
+    },
+    ("forward", 4): {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
+    ("query_gradient", 2): {
+        64: Tile(64, 64, 4, 2),
+        128: Tile(64, 64, 8, 2),
+        256: Tile(32, 32, 8, 1),
+    },
+    ("query_gradient", 4): {
+        64: Tile(32, 32, 4, 1),
+        128: Tile(32, 32, 8, 1),
+        256: Tile(16, 16, 8, 1),
+    },
+    ("key_gradient", 2): {
+        64: Tile(64, 64, 4, 2),
+        128: Tile(32, 64, 8, 2),
+        256: Tile(32, 32, 8, 1),
+    },
+    ("key_gradient", 4): {
+        64: Tile(32, 32, 4, 1),
+        128: Tile(16, 32, 8, 1),
+        256: Tile(16, 16, 8, 1),
+    },
+}
+FEWEST_ROWS = 16  # of a matrix unit's tile
+
+
+def attention_tile(name: str, dtype: torch.dtype, width: int, value_width: int, rows: int) -> Tile:
+    """Tile of a pass ("forward", "query_gradient", "key_gradient") over ``rows`` packed rows."""
+    classes = ATTENTION[name, dtype.itemsize]
+    tile = next((classes[c] for c in classes if max(width, value_width) <= c), None)
+    if tile is None:
+        raise NotImplementedError(
+            f"attention: head dimensions up to {max(classes)} run on the triton backend, "
+            f"got {width} and {value_width}"
+        )
+    if name == "forward" and rows <= FEWEST_ROWS:  # decoding: the keys' bandwidth is all
+        return Tile(FEWEST_ROWS, tile.columns, 4, tile.stages)
+    return tile
+
+
+def map_tile(dtype: torch.dtype, width: int, heads: int) -> Tile:
+    """Tile of the head-averaged map, whose program keeps one number per row and head."""
+    rows = 16 if heads > 32 or width > 128 else 32
+    return Tile(rows, 32, 4, 2 if dtype.itemsize == 2 else 1)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 8
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def key_splits(
+    device: torch.device, programs: int, rows: int, keys: int, columns: int
+) -> tuple[int, int]:
+    """How many programs share the keys of a row block, and how many keys each takes."""
+    blocks = -(-keys // columns)
+    wanted = 1 if rows > FEW_ROWS else 2 * _processors(device) // max(programs, 1)
+    splits = max(1, min(wanted, blocks // 2, 65535))  # two blocks at least, to hide latency
+    per_split = -(-blocks // splits)
+    return -(-blocks // per_split) if blocks else 1, per_split * columns
+
+
+def tree_warps(lanes: int) -> int:
+    """One lane a node, and enough warps to stream draft and target."""
+    return max(4, min(lanes // 32, 16))
+
+
+def chain_tile(width: int) -> Tile:
+    """fp64 and rejection loops: few chains a program, so that the slowest keeps few others."""
+    if INTERPRETED:
+        return Tile(4096 if width <= 64 else 256, 16 if width <= 64 else 256)
+    return Tile(32, 16, warps=1) if width <= 16 else Tile(4, 128, warps=4)
