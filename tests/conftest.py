@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import driftar_kernels
+from tests.helpers.interpreter import INTERPRETED, hasten
 from tests.helpers.targets import BACKEND_DEVICES, require_backend
 
 settings.register_profile(
@@ -20,11 +21,14 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.register_profile("thorough", settings.get_profile("ci"), max_examples=400)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+settings.register_profile("interpreted", settings.get_profile("ci"), max_examples=10)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "interpreted" if INTERPRETED else "ci"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
+    if INTERPRETED and "triton" in driftar_kernels.available_backends():
+        hasten()
 
 
 @pytest.fixture(autouse=True)

@@ -41,13 +41,13 @@ FEW_ROWS = 64  # up to here keys are split over programs
 # gradient, keys x (D + Dv) for the keys'.
 ATTENTION: dict[tuple[str, int], dict[int, Tile]] = {
     ("forward", 2): {
-        64: Tile(128, 64, 4, 3),
+        64: Tile(128, 64, 8, 3),
         128: Tile(128, 64, 8, 3),
         256: Tile(64, 32, 8, 2),
     },
-    ("forward", 4): {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
+    ("forward", 4): {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
     ("query_gradient", 2): {
-        64: Tile(64, 64, 4, 2),
+        64: Tile(64, 64, 8, 2),
         128: Tile(64, 64, 8, 2),
         256: Tile(32, 32, 8, 1),
     },
@@ -57,7 +57,7 @@ ATTENTION: dict[tuple[str, int], dict[int, Tile]] = {
         256: Tile(16, 16, 8, 1),
     },
     ("key_gradient", 2): {
-        64: Tile(64, 64, 4, 2),
+        64: Tile(64, 64, 8, 2),
         128: Tile(32, 64, 8, 2),
         256: Tile(32, 32, 8, 1),
     },
@@ -118,3 +118,13 @@ def chain_tile(width: int) -> Tile:
     if INTERPRETED:
         return Tile(4096 if width <= 64 else 256, 16 if width <= 64 else 256)
     return Tile(32, 16, warps=1) if width <= 16 else Tile(4, 128, warps=4)
+
+
+# The drifting field. 3xTF32 keeps fp32's accuracy on matrix units, which the distances need.
+DRIFT_PRECISION = "tf32x3"
+DRIFT_CENTRE = Tile(32, 64)
+DRIFT_DISTANCE = Tile(64, 64, 8, 2)
+DRIFT_NORMALISER = Tile(64, 64, 8)
+DRIFT_FORCE = Tile(64, 32, 8, 2)
+DRIFT_FEATURES = 64  # features that a product takes at a time
+PANEL_ELEMENTS = 1 << 24  # distances that a large problem holds at a time

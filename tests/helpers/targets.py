@@ -7,9 +7,9 @@ import os
 import pytest
 
 import driftar_kernels
+from tests.helpers.interpreter import INTERPRETED
 
 EXPECT_VARIABLE = "DRIFTAR_KERNELS_EXPECT_BACKENDS"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEFAULT_EXPECTED = "cpu,reference,triton" if INTERPRETED else "cpu,reference"
 
 
