@@ -163,7 +163,9 @@ def walk_tree(tree: DraftTree, accept: Tensor) -> TreeVerdict:
     backend = backends.select("walk_tree", accept.device)
     if backend == "reference":
         return TreeVerdict(*reference.walk_tree(tree.parents, accept, tree.max_depth))
-    return TreeVerdict(*_library.operator("walk_tree", backend)(tree.parents, accept, tree.max_depth))
+    return TreeVerdict(
+        *_library.operator("walk_tree", backend)(tree.parents, accept, tree.max_depth)
+    )
 
 
 def verify_tree(tree: DraftTree, draft: Tensor, target: Tensor, *, tolerance: float) -> TreeVerdict:
@@ -197,7 +199,9 @@ def verify_tree(tree: DraftTree, draft: Tensor, target: Tensor, *, tolerance: fl
         accept = reference.agreement(draft, target, tolerance)
         return TreeVerdict(*reference.walk_tree(tree.parents, accept, tree.max_depth))
     return TreeVerdict(
-        *_library.operator(op, backend)(tree.parents, draft, target, float(tolerance), tree.max_depth)
+        *_library.operator(op, backend)(
+            tree.parents, draft, target, float(tolerance), tree.max_depth
+        )
     )
 
 
@@ -315,7 +319,9 @@ def commit_path(
         _check_path(capacity, key_lengths, path, length)
     if backend == "reference":
         return reference.commit_path(key_cache, value_cache, key_lengths, path, length)
-    result: Tensor = _library.operator(op, backend)(key_cache, value_cache, key_lengths, path, length)
+    result: Tensor = _library.operator(op, backend)(
+        key_cache, value_cache, key_lengths, path, length
+    )
     if not torch.compiler.is_compiling():
         # Autograd must see the write; compiled code is functionalised and needs no counter.
         torch.autograd.graph.increment_version((key_cache, value_cache))

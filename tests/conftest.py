@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -44,11 +45,17 @@ def fixed_seed() -> None:
     torch.manual_seed(20260328)
 
 
+def default_device(backend: str) -> contextlib.AbstractContextManager[object]:
+    """Where tests make their tensors."""
+    name = BACKEND_DEVICES[backend]
+    return contextlib.nullcontext() if name == "cpu" else torch.device(name)
+
+
 @pytest.fixture(params=list(BACKEND_DEVICES))
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend in turn, chosen explicitly for the test."""
     require_backend(request.param)
-    with driftar_kernels.use_backend(request.param):
+    with driftar_kernels.use_backend(request.param), default_device(request.param):
         yield request.param
 
 
@@ -56,7 +63,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def native_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend that runs registered operators on some devices only."""
     require_backend(request.param)
-    with driftar_kernels.use_backend(request.param):
+    with driftar_kernels.use_backend(request.param), default_device(request.param):
         yield request.param
 
 

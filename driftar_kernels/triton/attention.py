@@ -14,7 +14,7 @@ from torch import Tensor
 from .attention_backward import key_gradient_kernel, query_gradient_kernel
 from .attention_forward import forward_kernel, map_kernel, merge_kernel
 from .elementary import check_dtype
-from .tuning import MERGE_ROWS, attention_tile, key_splits, map_tile
+from .tuning import MERGE_ROWS, Tile, attention_tile, key_splits, map_tile
 
 MASKS = {None: 0, "bool": 1, "float": 2}
 ENTROPIES = {"none": 0, "head": 1, "map": 2}
@@ -149,6 +149,13 @@ class Problem:
             "SEPARATE": entropy != "none" and entropy_from > 0,
         }
 
+    def tile(self, name: str) -> Tile:
+        """The tile of one of the passes."""
+        crowded = bool(self.options["MASK"]) or (self.entropy == "map" and name != "forward")
+        packed = self.query_length * self.group
+        dtype = self.tensors["query"].dtype
+        return attention_tile(name, dtype, self.width, self.value_width, packed, crowded)
+
     def _mask(self, attn_mask: Tensor | None) -> tuple[Tensor | None, str | None]:
         """The mask expanded by strides of 0, and what kind it is."""
         if attn_mask is None:
@@ -251,7 +258,7 @@ def _stream_keys(problem: Problem, results: dict[str, Tensor], normalize: bool) 
     """The pass over the keys, split where there are too few rows to fill the device."""
     query = problem.tensors["query"]
     packed = problem.query_length * problem.group
-    tile = attention_tile("forward", query.dtype, problem.width, problem.value_width, packed)
+    tile = problem.tile("forward")
     programs = problem.batch * problem.key_heads * triton.cdiv(packed, tile.rows)
     splits, keys = key_splits(query.device, programs, packed, problem.key_length, tile.columns)
     partial_out = partial = query
@@ -353,7 +360,7 @@ def attention_backward(
     Problem._add_strides(common, "grad", grad_out)
     packed = problem.query_length * problem.group
     problems = problem.batch * problem.key_heads
-    tile = attention_tile("query_gradient", query.dtype, problem.width, problem.value_width, packed)
+    tile = problem.tile("query_gradient")
     query_gradient_kernel[(problems * triton.cdiv(packed, tile.rows),)](
         **common,
         out=out.contiguous(),
@@ -364,7 +371,7 @@ def attention_backward(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    tile = attention_tile("key_gradient", query.dtype, problem.width, problem.value_width, packed)
+    tile = problem.tile("key_gradient")
     key_gradient_kernel[(problems * triton.cdiv(problem.key_length, tile.columns),)](
         **common,
         grad_key=grad_key,

@@ -131,7 +131,7 @@ def accumulate_queries(
             queries, keys, column[None, :], bound[:, None], mask_rows[:, None], mask_column,
             ancestor_rows[:, None], length, score_scale, MASK, TREE, CHECKED, PRECISION,
         )  # fmt: skip
-        grad_probability = dot(grad_out, tl.trans(values), PRECISION=PRECISION)
+        grad_probability = dot(grad_out, tl.trans(values), None, PRECISION)
         logarithm = scores
         if ENTROPY == MAP_ENTROPY:
             logarithm = average_logarithm(
@@ -381,7 +381,7 @@ def accumulate_keys(
             keys, queries, column[:, None], bound[None, :], mask_rows[None, :], mask_column,
             ancestor_rows[None, :], length, score_scale, MASK, TREE, CHECKED, PRECISION,
         )  # fmt: skip
-        grad_probability = dot(values, tl.trans(gradients), PRECISION=PRECISION)
+        grad_probability = dot(values, tl.trans(gradients), None, PRECISION)
         row_lse = load_lse(lse + at, there)
         row_delta = tl.load(delta + at, mask=there, other=0.0)
         row_entropy_lse, weight, cross = row_lse, row_lse, row_lse
@@ -544,7 +544,8 @@ def key_gradient_kernel(
         length, offset, query_length, query_heads, entropy_from, query_head, query_row,
         query_column, key_head, key_row, key_column, mask_head, mask_row, mask_column, grad_head,
         grad_row, grad_column, words, score_scale, unit, GROUP, WIDTH, VALUE_WIDTH,
-        BLOCK_WIDTH, BLOCK_VALUE, ROWS, MASK, CAUSAL, TREE, ENTROPY, SEPARATE, False, NEGATIVE, PRECISION,
+        BLOCK_WIDTH, BLOCK_VALUE, ROWS, MASK, CAUSAL, TREE, ENTROPY, SEPARATE, False, NEGATIVE,
+        PRECISION,
     )  # fmt: skip
 
     at = (sample * key_heads + key_index) * key_length + column

@@ -160,7 +160,9 @@ def support_norm(support, NORMALIZE: tl.constexpr):
     return norm
 
 
-@triton.jit(do_not_specialize=["query_length", "key_length", "query_offset", "entropy_from", "split"])
+@triton.jit(
+    do_not_specialize=["query_length", "key_length", "query_offset", "entropy_from", "split"]
+)
 def forward_kernel(
     query,  # [B, Hq, Lq, WIDTH]
     key,  # [B, Hkv, Lk, WIDTH]

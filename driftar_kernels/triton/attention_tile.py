@@ -28,10 +28,14 @@ MAP_ENTROPY = tl.constexpr(2)
 
 
 @triton.jit
-def load_rows(base, row, there, row_stride, column_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def load_rows(
+    base, row, there, row_stride, column_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
     """Rows [R, BLOCK] of a matrix; zeros where not ``there`` and in the columns that pad."""
     column = tl.arange(0, BLOCK)
-    at = base + row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
+    at = (
+        base + row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
+    )
     inside = there[:, None]
     if WIDTH != BLOCK:
         inside = inside & (column < WIDTH)[None, :]
@@ -69,9 +73,7 @@ def signed(queries, NEGATIVE: tl.constexpr):
 
 
 @triton.jit
-def key_bound(
-    position, there, length, offset, CAUSAL: tl.constexpr, TREE: tl.constexpr
-):
+def key_bound(position, there, length, offset, CAUSAL: tl.constexpr, TREE: tl.constexpr):
     """First key that each query position cannot see, whatever else hides keys before it; 0 where
     not ``there``. It never decreases along the positions."""
     bound = position * 0 + length
@@ -100,7 +102,7 @@ def score_tile(
 ):
     """Scores a b^T, -inf where hidden. (a, b) is (queries, keys) or (keys, queries); hidden scores
     are selected to -inf, never added to, so that NaN in a hidden key has no effect."""
-    scores = dot(a, tl.trans(b), PRECISION=PRECISION)
+    scores = dot(a, tl.trans(b), None, PRECISION)
     if CHECKED or MASK != NO_MASK:
         visible = column < bound
         if TREE and CHECKED:

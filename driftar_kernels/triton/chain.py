@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.tree import MAX_PROPOSALS
-from .elementary import expm1
+from .elementary import cosine_of_turns, expm1
 from .tuning import chain_tile
 
 
@@ -38,7 +38,7 @@ def uniform(seed, stream, index):
 def normal(seed, stream, index):
     """Standard normal by Box and Muller, from numbers ``index`` and ``index + 1``."""
     radius = tl.sqrt(-2.0 * tl.log(1.0 - uniform(seed, stream, index)))
-    return radius * tl.cos(6.283185307179586 * uniform(seed, stream, index + 1))
+    return radius * cosine_of_turns(uniform(seed, stream, index + 1))
 
 
 @triton.jit
@@ -123,7 +123,9 @@ def chain_kernel(
         usable = usable & (p_std >= 0.0) & (q_std >= 0.0)
         ratio = 0.5 * twice + width * (tl.log(q_unit) - tl.log(p_unit))
         # Strictly less: a ratio that underflows to 0 is never accepted, nor is NaN.
-        likely = uniform(seed, chain, chain * 0 + position) < tl.exp(tl.where(ratio > 0.0, 0.0, ratio))
+        likely = uniform(seed, chain, chain * 0 + position) < tl.exp(
+            tl.where(ratio > 0.0, 0.0, ratio)
+        )
         same_point = (p_std == 0.0) & (q_std == 0.0) & (differing == 0)
         accepts = usable & tl.where(spread, likely, same_point)
         proper = proper | (accepting & (accepts == 0) & usable & spread)
@@ -142,8 +144,12 @@ def chain_kernel(
     for first in range(0, width, COLUMNS):
         column = first + lane
         inside = proper[:, None] & (column < width)[None, :]
-        p_mean = tl.load(target_mean + at_p[:, None] * width + column[None, :], mask=inside, other=0.0)
-        q_mean = tl.load(draft_mean + at_q[:, None] * width + column[None, :], mask=inside, other=0.0)
+        p_mean = tl.load(
+            target_mean + at_p[:, None] * width + column[None, :], mask=inside, other=0.0
+        )
+        q_mean = tl.load(
+            draft_mean + at_q[:, None] * width + column[None, :], mask=inside, other=0.0
+        )
         difference = p_mean.to(tl.float64) - q_mean.to(tl.float64)
         squared += tl.sum(difference * difference, 1)
     distance = tl.sqrt(squared)
@@ -166,9 +172,14 @@ def chain_kernel(
             drawn, index = chi_squared(seed, chain, index, pending, width - 1)
             across = tl.where(pending, drawn, across)
         shifted = distance / q_std + ratio_std * along
-        ratio = 0.5 * (
-            (shifted - along) * (shifted + along) + (ratio_std - 1.0) * (ratio_std + 1.0) * across
-        ) + constant
+        ratio = (
+            0.5
+            * (
+                (shifted - along) * (shifted + along)
+                + (ratio_std - 1.0) * (ratio_std + 1.0) * across
+            )
+            + constant
+        )
         keeps = uniform(seed, chain, index) < -expm1(-ratio)
         index += tl.where(pending, 1, 0)
         pending = pending & (keeps == 0)
@@ -179,9 +190,7 @@ def chain_kernel(
     for first in range(0, width, COLUMNS):
         column = (first + lane).to(tl.int64)
         inside = there[:, None] & (column < width)[None, :]
-        e = direction(
-            target_mean, draft_mean, at_p, at_q, column, width, proper, distance
-        )
+        e = direction(target_mean, draft_mean, at_p, at_q, column, width, proper, distance)
         z = normal(seed, chain[:, None], index[:, None] + 2 * column[None, :])
         z = tl.where(inside, z, 0.0)
         component += tl.sum(z * e, 1)
@@ -192,12 +201,12 @@ def chain_kernel(
     for first in range(0, width, COLUMNS):
         column = (first + lane).to(tl.int64)
         inside = there[:, None] & (column < width)[None, :]
-        e = direction(
-            target_mean, draft_mean, at_p, at_q, column, width, proper, distance
-        )
+        e = direction(target_mean, draft_mean, at_p, at_q, column, width, proper, distance)
         z = normal(seed, chain[:, None], index[:, None] + 2 * column[None, :])
         residual = along[:, None] * e + stretch[:, None] * (z - component[:, None] * e)
-        centre = tl.load(target_mean + at_p[:, None] * width + column[None, :], mask=inside, other=0.0)
+        centre = tl.load(
+            target_mean + at_p[:, None] * width + column[None, :], mask=inside, other=0.0
+        )
         sample = centre.to(tl.float64) + p_std[:, None] * tl.where(proper[:, None], residual, z)
         tl.store(next_sample + chain[:, None] * width + column[None, :], sample, mask=inside)
 

@@ -196,9 +196,7 @@ def distance_kernel(
 
 
 @triton.jit
-def load_scaled(
-    distances, sample, local, row, column, rows, points, scale_source
-):
+def load_scaled(distances, sample, local, row, column, rows, points, scale_source):
     """D = d / scale, 100 more between a sample and itself; +inf outside."""
     inside = (local < rows)[:, None] & (column < points)[None, :]
     at = ((sample * rows + local) * points)[:, None] + column[None, :]

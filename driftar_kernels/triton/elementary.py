@@ -51,3 +51,15 @@ def expm1(x):
     for step in tl.static_range(16):
         series = 1.0 + x * (1.0 / (17 - step)) * series
     return tl.where(tl.abs(x) < 0.5, x * series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def cosine_of_turns(u):
+    """cos(2 pi u) for fp64 u in [0, 1). The general cosine keeps room for huge arguments."""
+    angle = (u - 0.5) * 6.283185307179586
+    square = angle * angle
+    series = u * 0.0 + 1.0
+    for step in tl.static_range(15):
+        order = 2 * (15 - step)
+        series = 1.0 - square * (1.0 / (order * (order - 1))) * series
+    return -series

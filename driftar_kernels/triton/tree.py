@@ -159,9 +159,7 @@ def commit_kernel(
         tl.store(base + target * row_stride, value, mask=moves)
 
 
-def _verdict(
-    batch: int, max_depth: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
+def _verdict(batch: int, max_depth: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     length, node = (torch.empty(batch, dtype=torch.int64, device=device) for _ in range(2))
     path = torch.empty(batch, max_depth, dtype=torch.int64, device=device)
     return length, path, node
@@ -170,16 +168,18 @@ def _verdict(
 def _lanes(nodes: int) -> dict[str, int]:
     """One lane a node; at least one, so that an empty tree has a verdict."""
     lanes = max(triton.next_power_of_2(nodes), 16)
-    return {"NODES": lanes, "ROUNDS": max(nodes - 1, 0).bit_length(), "num_warps": tree_warps(lanes)}
+    return {
+        "NODES": lanes,
+        "ROUNDS": max(nodes - 1, 0).bit_length(),
+        "num_warps": tree_warps(lanes),
+    }
 
 
 def _tree_stride(parents: Tensor) -> int:
     return 0 if parents.shape[0] == 1 else parents.shape[1]
 
 
-def walk_tree(
-    parents: Tensor, accept: Tensor, max_depth: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def walk_tree(parents: Tensor, accept: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`driftar_kernels.walk_tree`; parents int64 ``[1 | B, N]``, accept ``[B, N]``."""
     batch, nodes = accept.shape
     result = _verdict(batch, max_depth, accept.device)

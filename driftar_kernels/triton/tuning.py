@@ -42,27 +42,27 @@ FEW_ROWS = 64  # up to here keys are split over programs
 ATTENTION: dict[tuple[str, int], dict[int, Tile]] = {
     ("forward", 2): {
         64: Tile(128, 64, 8, 3),
-        128: Tile(128, 64, 8, 3),
-        256: Tile(64, 32, 8, 2),
+        128: Tile(128, 32, 8, 3),
+        256: Tile(64, 32, 8, 1),
     },
-    ("forward", 4): {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
     ("query_gradient", 2): {
         64: Tile(64, 64, 8, 2),
         128: Tile(64, 64, 8, 2),
         256: Tile(32, 32, 8, 1),
     },
+    ("key_gradient", 2): {
+        64: Tile(32, 64, 8, 2),
+        128: Tile(32, 32, 8, 2),
+        256: Tile(32, 32, 8, 1),
+    },
+    ("forward", 4): {64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
     ("query_gradient", 4): {
-        64: Tile(32, 32, 4, 1),
+        64: Tile(32, 32, 8, 1),
         128: Tile(32, 32, 8, 1),
         256: Tile(16, 16, 8, 1),
     },
-    ("key_gradient", 2): {
-        64: Tile(64, 64, 8, 2),
-        128: Tile(32, 64, 8, 2),
-        256: Tile(32, 32, 8, 1),
-    },
     ("key_gradient", 4): {
-        64: Tile(32, 32, 4, 1),
+        64: Tile(32, 32, 8, 1),
         128: Tile(16, 32, 8, 1),
         256: Tile(16, 16, 8, 1),
     },
@@ -70,8 +70,13 @@ ATTENTION: dict[tuple[str, int], dict[int, Tile]] = {
 FEWEST_ROWS = 16  # of a matrix unit's tile
 
 
-def attention_tile(name: str, dtype: torch.dtype, width: int, value_width: int, rows: int) -> Tile:
-    """Tile of a pass ("forward", "query_gradient", "key_gradient") over ``rows`` packed rows."""
+def attention_tile(
+    name: str, dtype: torch.dtype, width: int, value_width: int, rows: int, crowded: bool
+) -> Tile:
+    """Tile of a pass ("forward", "query_gradient", "key_gradient") over ``rows`` packed rows.
+
+    ``crowded`` passes hold a tile of the mask or of the head-averaged map as well.
+    """
     classes = ATTENTION[name, dtype.itemsize]
     tile = next((classes[c] for c in classes if max(width, value_width) <= c), None)
     if tile is None:
@@ -81,13 +86,15 @@ def attention_tile(name: str, dtype: torch.dtype, width: int, value_width: int, 
         )
     if name == "forward" and rows <= FEWEST_ROWS:  # decoding: the keys' bandwidth is all
         return Tile(FEWEST_ROWS, tile.columns, 4, tile.stages)
+    if crowded:
+        return Tile(min(tile.rows, 64), min(tile.columns, 32), tile.warps, 1)
     return tile
 
 
 def map_tile(dtype: torch.dtype, width: int, heads: int) -> Tile:
     """Tile of the head-averaged map, whose program keeps one number per row and head."""
-    rows = 16 if heads > 32 or width > 128 else 32
-    return Tile(rows, 32, 4, 2 if dtype.itemsize == 2 else 1)
+    rows = 16 if heads > 32 or width > 64 else 32
+    return Tile(rows, 32, 8)
 
 
 @cache
@@ -117,14 +124,14 @@ def chain_tile(width: int) -> Tile:
     """fp64 and rejection loops: few chains a program, so that the slowest keeps few others."""
     if INTERPRETED:
         return Tile(4096 if width <= 64 else 256, 16 if width <= 64 else 256)
-    return Tile(32, 16, warps=1) if width <= 16 else Tile(4, 128, warps=4)
+    return Tile(32, 16) if width <= 16 else Tile(4, 128)
 
 
 # The drifting field. 3xTF32 keeps fp32's accuracy on matrix units, which the distances need.
 DRIFT_PRECISION = "tf32x3"
 DRIFT_CENTRE = Tile(32, 64)
-DRIFT_DISTANCE = Tile(64, 64, 8, 2)
+DRIFT_DISTANCE = Tile(32, 64, 8, 2)
 DRIFT_NORMALISER = Tile(64, 64, 8)
-DRIFT_FORCE = Tile(64, 32, 8, 2)
+DRIFT_FORCE = Tile(32, 32, 4, 2)
 DRIFT_FEATURES = 64  # features that a product takes at a time
 PANEL_ELEMENTS = 1 << 24  # distances that a large problem holds at a time

@@ -30,7 +30,7 @@ def emitted(inputs: Chain, verdict: ChainVerdict, position: int) -> Tensor:
 def assert_normal(sample: Tensor, mean: float, std: float) -> None:
     """Kolmogorov-Smirnov for each coordinate and for the radius, which sees dependence."""
     assert len(sample) > 500
-    standard = ((sample.double() - mean) / std).numpy()
+    standard = ((sample.double() - mean) / std).cpu().numpy()
     for column in standard.T:
         assert stats.kstest(column, "norm").pvalue > LEAST_P
     radius = (standard**2).sum(1)

@@ -11,6 +11,7 @@ from driftar_kernels import drift_field, drift_loss
 from tests.helpers import oracle
 from tests.helpers.drifting import check
 from tests.helpers.inputs import LAYOUTS, Options, drift_inputs, far_rows, in_layout, normal
+from tests.helpers.interpreter import size
 from tests.helpers.tolerance import assert_bitwise, assert_relative
 
 
@@ -174,7 +175,7 @@ def test_layout_does_not_change_a_bit(backend: str) -> None:
 
 
 def test_inputs_are_not_modified_and_repeats_are_bitwise_equal(backend: str) -> None:
-    gen, pos, neg, keywords = drift_inputs(20, 33, 40, 10, 24, weighted=True)
+    gen, pos, neg, keywords = drift_inputs(size(20, 2), 33, 40, 10, 24, weighted=True)
     assert neg is not None
     tensors = [gen, pos, neg, *keywords.values()]
     copies = [t.clone() for t in tensors]

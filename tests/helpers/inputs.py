@@ -23,27 +23,37 @@ QKV = tuple[Tensor, Tensor, Tensor]
 
 def golden(name: str) -> dict[str, Tensor]:
     """Numbers recorded from a published implementation; ``name`` without suffix."""
-    return load_file(GOLDEN / f"{name}.safetensors")
+    return load_file(GOLDEN / f"{name}.safetensors", device=str(torch.get_default_device()))
 
 
 def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    """For operators that draw on the tests' device."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+def draw(function: Callable[..., Tensor], *arguments: Any, seed: int, **keywords: Any) -> Tensor:
+    """Random numbers drawn on the CPU, put on the tests' device."""
+    source = torch.Generator("cpu").manual_seed(seed)
+    drawn = function(*arguments, generator=source, device="cpu", **keywords)
+    return drawn.to(torch.get_default_device())
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normal numbers, rounded to ``dtype``."""
-    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+    """Standard normal numbers, rounded to ``dtype``; the same on every device."""
+    return draw(torch.randn, *shape, seed=seed, dtype=torch.float64).to(dtype)
 
 
 def random_parents(nodes: int, *, batch: int | None = None, seed: int, depth: int = 0) -> Tensor:
     """Random trees ``[N]`` or ``[batch, N]``; the first ``depth`` nodes are a chain."""
-    draw = generator(seed)
+    source = torch.Generator("cpu").manual_seed(seed)
+
+    def parent(node: int) -> int:
+        if node == 0 or node < depth:
+            return node - 1
+        return int(torch.randint(-1, node, (1,), generator=source, device="cpu"))
 
     def one() -> list[int]:
-        return [
-            i - 1 if i < depth else int(torch.randint(-1, i, (1,), generator=draw)) if i else -1
-            for i in range(nodes)
-        ]
+        return [parent(node) for node in range(nodes)]
 
     if batch is None:
         return torch.tensor(one(), dtype=torch.int64)
@@ -93,7 +103,7 @@ def trainable(qkv: Iterable[Tensor], dtype: torch.dtype | None = None) -> QKV:
 
 
 def bool_mask(*shape: int, seed: int, density: float = 0.6) -> Tensor:
-    return torch.rand(*shape, generator=generator(seed)) < density
+    return draw(torch.rand, *shape, seed=seed) < density
 
 
 def float_mask(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -254,9 +264,7 @@ def drift_inputs(
             {"gen_weight": count, "pos_weight": positives, "neg_weight": negatives}.items()
         ):
             if number:
-                keywords[name] = (
-                    torch.rand(batch, number, generator=generator(seed + 10 + step)) * 2
-                )
+                keywords[name] = draw(torch.rand, batch, number, seed=seed + 10 + step) * 2
     return (
         points(count, 0),
         points(positives, 1),
@@ -331,6 +339,6 @@ def chain(
     def std(values: list[float]) -> Tensor:
         return torch.tensor(values).expand(batch, -1).contiguous()
 
-    noise = torch.randn(batch, len(draft_mean), dim, generator=generator(seed))
+    noise = draw(torch.randn, batch, len(draft_mean), dim, seed=seed)
     draft = mean(draft_mean) + std(draft_std)[..., None] * noise
     return Chain(draft, mean(draft_mean), std(draft_std), mean(target_mean), std(target_std))

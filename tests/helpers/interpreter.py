@@ -8,6 +8,11 @@ from typing import Any
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def size(full: int, interpreted: int) -> int:
+    """A dimension of a test case, smaller where every program is interpreted."""
+    return interpreted if INTERPRETED else full
+
+
 def hasten() -> None:
     """Prepare Triton's language once per launch.
 

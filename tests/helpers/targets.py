@@ -10,6 +10,7 @@ import driftar_kernels
 from tests.helpers.interpreter import INTERPRETED
 
 EXPECT_VARIABLE = "DRIFTAR_KERNELS_EXPECT_BACKENDS"
+DEVICE_VARIABLE = "DRIFTAR_KERNELS_TEST_DEVICE"
 DEFAULT_EXPECTED = "cpu,reference,triton" if INTERPRETED else "cpu,reference"
 
 
@@ -21,7 +22,7 @@ def expected_backends() -> set[str]:
 # A backend joins every test by one entry: its name and the device of the tensors it is tested with.
 BACKEND_DEVICES = {"reference": "cpu", "cpu": "cpu"}
 if "triton" in expected_backends():
-    BACKEND_DEVICES["triton"] = "cpu"
+    BACKEND_DEVICES["triton"] = os.environ.get(DEVICE_VARIABLE, "cpu")
 
 
 def require_backend(name: str) -> None:
