@@ -14,7 +14,7 @@ from torch import Tensor
 from .attention_backward import key_gradient_kernel, query_gradient_kernel
 from .attention_forward import forward_kernel, map_kernel, merge_kernel
 from .elementary import check_dtype
-from .tuning import MERGE_ROWS, Tile, attention_tile, key_splits, map_tile
+from .tuning import MAP, MERGE_ROWS, Tile, attention_tile, key_splits
 
 MASKS = {None: 0, "bool": 1, "float": 2}
 ENTROPIES = {"none": 0, "head": 1, "map": 2}
@@ -151,7 +151,8 @@ class Problem:
 
     def tile(self, name: str) -> Tile:
         """The tile of one of the passes."""
-        crowded = bool(self.options["MASK"]) or (self.entropy == "map" and name != "forward")
+        masked = bool(self.options["MASK"]) or self.options["TREE"]
+        crowded = masked or (self.entropy == "map" and name != "forward")
         packed = self.query_length * self.group
         dtype = self.tensors["query"].dtype
         return attention_tile(name, dtype, self.width, self.value_width, packed, crowded)
@@ -234,8 +235,7 @@ def attention_forward(
     }
     _stream_keys(problem, results, normalize)
     if entropy == "map":
-        tile = map_tile(query.dtype, problem.width, problem.heads)
-        map_kernel[(problem.batch * triton.cdiv(problem.query_length, tile.rows),)](
+        map_kernel[(problem.batch * triton.cdiv(problem.query_length, MAP.rows),)](
             **problem.tensors,
             **problem.numbers,
             **problem.options,
@@ -245,11 +245,11 @@ def attention_forward(
             entropy_norm=norm,
             query_heads=problem.heads,
             HEADS=triton.next_power_of_2(problem.heads),
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
+            ROWS=MAP.rows,
+            COLUMNS=MAP.columns,
             NORMALIZE=normalize,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            num_warps=MAP.warps,
+            num_stages=MAP.stages,
         )
     return out, row_entropy, lse, max_score, entropy_lse, cross, norm
 

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +82,29 @@ def compiled(launch: Launch, architecture: int) -> Usage:
     )
     source = ASTSource(function, signature, constants, attributes)
     kernel = triton.compile(source, target=target, options=options.__dict__)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
+    ptx = kernel.asm["ptx"]
+    tool = triton.knobs.nvidia.ptxas_blackwell if architecture >= 100 else triton.knobs.nvidia.ptxas
+    full_name = re.search(r"\.target (sm_\w+)", ptx)
+    if full_name is None:
+        raise ValueError("the PTX names no architecture")
+    with tempfile.TemporaryDirectory() as folder:
+        source_file = Path(folder) / "kernel.ptx"
+        source_file.write_text(ptx)
+        # As Triton assembles it; the compiled kernel does not keep what the assembler says.
+        flags = ["-v", "-lineinfo", "--regAllocOptLevel=2", f"--gpu-name={full_name[1]}"]
         listing = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", listing))
-    spilled = int(found["STACK"]) + int(found["LOCAL"])
-    return Usage(int(found["REG"]), spilled, kernel.metadata.shared, kernel.metadata.num_warps)
+            [tool.path, *flags, str(source_file), "-o", str(Path(folder) / "kernel.cubin")],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stderr
+    registers = re.search(r"Used (\d+) registers", listing)
+    spilled = re.search(r"(\d+) bytes spill stores", listing)
+    if registers is None or spilled is None:
+        raise ValueError(f"cannot read what the assembler says: {listing}")
+    return Usage(
+        int(registers[1]), int(spilled[1]), kernel.metadata.shared, kernel.metadata.num_warps
+    )
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -159,7 +173,7 @@ def cases() -> dict[str, Callable[[], None]]:
     result: dict[str, Callable[[], None]] = {}
     for label, dtype in DTYPES.items():
         for width in (64, 128, 256):
-            result[f"attention {label} D={width}"] = lambda d=dtype, w=width: _attention(d, w)
+            result[f"attention {label} D={width}"] = partial(_attention, dtype, width)
     half = torch.bfloat16
     offsets = _empty(2, dtype=torch.int64)
     options: dict[str, dict[str, Any]] = {
@@ -181,14 +195,14 @@ def cases() -> dict[str, Callable[[], None]]:
     }
     for label, keywords in options.items():
         given = {"width": 64, **keywords}
-        result[f"attention bf16 {label}"] = lambda k=given: _attention(half, **k)
-    result["drift many small"] = lambda: _drift(256, 64, 16, 1024)
-    result["drift one large"] = lambda: _drift(1, 4096, 0, 512)
+        result[f"attention bf16 {label}"] = partial(_attention, half, **given)
+    result["drift many small"] = partial(_drift, 256, 64, 16, 1024)
+    result["drift one large"] = partial(_drift, 1, 4096, 0, 512)
     for nodes, width in ((64, 16), (256, 64)):
-        result[f"trees N={nodes} D={width}"] = lambda n=nodes, w=width: _trees(n, w)
+        result[f"trees N={nodes} D={width}"] = partial(_trees, nodes, width)
     for width in (16, 256):
-        result[f"chain D={width}"] = lambda w=width: _chain(w)
-    result["prior"] = lambda: _prior(half)
+        result[f"chain D={width}"] = partial(_chain, width)
+    result["prior"] = partial(_prior, half)
     return result
 
 

@@ -113,7 +113,8 @@ def verify_kernel(
         wanted = tl.load(target + at, mask=inside, other=0.0).to(tl.float32)
         difference = (proposed - wanted).to(tl.float64)
         squared += tl.sum(difference * difference, 1)
-    agrees = tl.sqrt(squared).to(tl.float32) <= tolerance  # false for NaN
+    limit = tl.cast(tolerance, tl.float64)
+    agrees = squared <= limit * limit  # false for NaN
     best_path(
         parents + sample * tree_stride,
         agrees,

@@ -35,6 +35,7 @@ ELEMENTWISE = Tile(16, 64)
 TREE_COLUMNS = 32  # columns of draft and target that a tree's program reads at a time
 COMMIT_COLUMNS = 128
 MERGE_ROWS = 16
+MAP = Tile(16, 32, 8)  # its program keeps one number per row and head
 FEW_ROWS = 64  # up to here keys are split over programs
 # (pass, bytes of an element) -> {largest padded head dimension: tile of queries x keys}. The tiles
 # bound the registers of the accumulators: queries x Dv forward, queries x D for the queries'
@@ -75,7 +76,7 @@ def attention_tile(
 ) -> Tile:
     """Tile of a pass ("forward", "query_gradient", "key_gradient") over ``rows`` packed rows.
 
-    ``crowded`` passes hold a tile of the mask or of the head-averaged map as well.
+    ``crowded`` passes hold a tile of a mask, a tree or the head-averaged map as well.
     """
     classes = ATTENTION[name, dtype.itemsize]
     tile = next((classes[c] for c in classes if max(width, value_width) <= c), None)
@@ -89,12 +90,6 @@ def attention_tile(
     if crowded:
         return Tile(min(tile.rows, 64), min(tile.columns, 32), tile.warps, 1)
     return tile
-
-
-def map_tile(dtype: torch.dtype, width: int, heads: int) -> Tile:
-    """Tile of the head-averaged map, whose program keeps one number per row and head."""
-    rows = 16 if heads > 32 or width > 64 else 32
-    return Tile(rows, 32, 8)
 
 
 @cache

@@ -18,6 +18,7 @@ from tests.helpers.inputs import (
     run_attention,
     trainable,
 )
+from tests.helpers.interpreter import size
 from tests.helpers.tolerance import assert_bitwise
 
 
@@ -72,7 +73,7 @@ def test_repeats_are_bitwise_equal(backend: str, threads: int) -> None:
         case = AttentionCase(batch=1, queries=100, keys=150, heads=4, kv_heads=2, dim=40)
         leaves = trainable(case.qkv())
         results = []
-        for _ in range(20):
+        for _ in range(size(20, 3)):
             result = attention(*leaves, is_causal=True, query_offset=50, enable_gqa=True)
             loss = result.out.square().sum() + entropy_of(result).sum() + result.lse.sum()
             results.append((*result, *torch.autograd.grad(loss, leaves)))

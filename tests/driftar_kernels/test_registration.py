@@ -31,6 +31,7 @@ from tests.helpers.inputs import (
     run_attention,
     trainable,
 )
+from tests.helpers.interpreter import size
 from tests.helpers.recording import Call, record, registered
 
 ATTENTION_CASES = (
@@ -85,7 +86,9 @@ def run_drift() -> None:
         gen, pos, neg, keywords = drift_inputs(batch, count, negatives=negatives, weighted=weighted)
         drift_field(gen, pos, neg, **keywords)
         drift_loss(gen.requires_grad_(), pos, neg, **keywords).backward()
-    gen, pos, _, _ = drift_inputs(1, 700, 800, 0, 4)  # too large for keeping the distances
+    gen, pos, _, _ = drift_inputs(
+        1, size(700, 260), size(800, 760), 0, 4
+    )  # too large for keeping the distances
     drift_field(gen, pos)
     gen, pos, neg, _ = drift_inputs(dtype=torch.bfloat16)
     drift_field(gen, pos, neg)

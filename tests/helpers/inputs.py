@@ -14,6 +14,7 @@ from torch import Tensor
 
 from driftar_kernels import AttentionOutput, DraftTree, attention
 from tests.helpers import oracle
+from tests.helpers.interpreter import size
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -192,7 +193,7 @@ CASES: dict[str, AttentionCase] = {
     ),
     "tree_256": AttentionCase(
         batch=2,
-        heads=2,
+        heads=size(2, 1),
         kv_heads=1,
         queries=256,
         keys=300,
@@ -308,7 +309,7 @@ def far_rows(source: Tensor, stride: int) -> Tensor:
     return view
 
 
-MANY = 20_000  # chains enough for a statistical test
+MANY = size(20_000, 6_000)  # chains enough for a statistical test
 
 
 class Chain(NamedTuple):
