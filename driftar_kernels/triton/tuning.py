@@ -32,7 +32,7 @@ class Tile:
 
 
 ELEMENTWISE = Tile(16, 64)
-TREE_COLUMNS = 32  # columns of draft and target that a tree's program reads at a time
+TREE_COLUMNS = 16  # columns of draft and target that a tree's program reads at a time
 COMMIT_COLUMNS = 128
 MERGE_ROWS = 16
 MAP = Tile(16, 32, 8)  # its program keeps one number per row and head
@@ -42,7 +42,7 @@ FEW_ROWS = 64  # up to here keys are split over programs
 # gradient, keys x (D + Dv) for the keys'.
 ATTENTION: dict[tuple[str, int], dict[int, Tile]] = {
     ("forward", 2): {
-        64: Tile(128, 64, 8, 3),
+        64: Tile(128, 64, 8, 2),
         128: Tile(128, 32, 8, 3),
         256: Tile(64, 32, 8, 1),
     },
@@ -88,7 +88,8 @@ def attention_tile(
     if name == "forward" and rows <= FEWEST_ROWS:  # decoding: the keys' bandwidth is all
         return Tile(FEWEST_ROWS, tile.columns, 4, tile.stages)
     if crowded:
-        return Tile(min(tile.rows, 64), min(tile.columns, 32), tile.warps, 1)
+        warps = 4 if max(width, value_width) <= 64 else tile.warps
+        return Tile(min(tile.rows, 32), min(tile.columns, 32), warps, 1)
     return tile
 
 
