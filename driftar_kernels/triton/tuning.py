@@ -89,7 +89,8 @@ def attention_tile(
         return Tile(FEWEST_ROWS, tile.columns, 4, tile.stages)
     if crowded:
         warps = 4 if max(width, value_width) <= 64 else tile.warps
-        return Tile(min(tile.rows, 32), min(tile.columns, 32), warps, 1)
+        most = 64 if name == "forward" else 32
+        return Tile(min(tile.rows, most), min(tile.columns, 32), warps, 1)
     return tile
 
 

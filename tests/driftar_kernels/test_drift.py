@@ -127,7 +127,7 @@ def test_any_shape(
     [
         (size(300, 8), 4, 4, 2, 8),
         (size(20, 2), 64, 64, 16, 128),
-        (1, 130, 140, 65, 257),
+        (1, size(130, 70), size(140, 80), size(65, 35), size(257, 130)),
         (2, 1, 1, 0, 1),
     ],
     ids=["many", "published", "large", "least"],
