@@ -13,11 +13,11 @@ SEED ?= 0
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-triton test-all lint format seeds clean help
+.PHONY: demo test test-triton test-all bench lint format seeds clean help
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
-	@echo "targets: demo test test-triton test-all lint format seeds clean"
+	@echo "targets: demo test test-triton test-all bench lint format seeds clean"
 
 # A PyTorch that is already in the environment is kept.
 $(VENV)/.torch:
@@ -55,6 +55,12 @@ test-triton: $(VENV)/.triton
 
 test-all: $(VENV)/.ready
 	$(BIN)/python -m pytest
+
+# Nothing else should run meanwhile. Results: benchmarks/results/<machine>/.
+bench: $(VENV)/.ready
+	mkdir -p build
+	$(BIN)/python -m pytest benchmarks/ --benchmark-quiet --benchmark-json=build/benchmarks.json
+	$(BIN)/python -m benchmarks.report
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

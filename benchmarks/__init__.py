@@ -1,3 +1,5 @@
-"""Micro-benchmarks of the operators against named peers, with floors. Run with ``pytest
-benchmarks/``.
+"""Micro-benchmarks: every operator beside its named peers, with targets and floors.
+
+``pytest benchmarks/`` measures, ``python -m benchmarks.report`` writes tables and plots. The rows
+are declared in ``cases.py``; the method is described in docs/benchmarks.md.
 """

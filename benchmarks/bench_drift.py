@@ -1,4 +1,4 @@
-"""Drift loss, forward and backward, against the published formula in eager PyTorch."""
+"""Drift loss, forward and backward, against the published formula."""
 
 from __future__ import annotations
 
@@ -6,32 +6,40 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 import driftar_kernels as dk
 
-from . import floors, peers
+from . import cases, checks, floors
+from .cases import Case
+from .peers import drift as peers
+from .timing import Call, Contest, RunContest
 
-# (B, N, P, Q, S): many small problems, long features, one large problem.
-SHAPES = [(256, 64, 64, 16, 128), (16, 64, 64, 32, 640), (1, 640, 640, 32, 384)]
 
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_drift_loss(shape: tuple[int, int, int, int, int], race: Callable[..., None]) -> None:
-    batch, count, positives, negatives, features = shape
+def contest(case: Case) -> Contest:
+    """Loss and its gradient."""
+    batch, count, features = case["B"], case["N"], case["S"]
     gen = torch.randn(batch, count, features, requires_grad=True)
-    pos = torch.randn(batch, positives, features) + 0.5
-    neg = torch.randn(batch, negatives, features) - 0.5
+    pos = torch.randn(batch, case["P"], features) + 0.5
+    neg = torch.randn(batch, case["Q"], features) - 0.5 if case["Q"] else None
 
-    expected = torch.autograd.grad(
-        peers.eager_drift_loss(gen.double(), pos.double(), neg.double()), gen
-    )[0]
-    actual = torch.autograd.grad(dk.drift_loss(gen, pos, neg), gen)[0]
-    assert (actual - expected).abs().max() <= 1e-3 * expected.abs().max()
+    def call(loss: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Call:
+        return lambda: torch.autograd.grad(loss(gen, pos, neg), gen)
 
     # One product for the distances, one per temperature for the forces.
-    flops = 4 * 2 * batch * count * (count + positives + negatives) * features
-    race(
-        lambda: torch.autograd.grad(dk.drift_loss(gen, pos, neg), gen),
-        {"eager": lambda: torch.autograd.grad(peers.eager_drift_loss(gen, pos, neg), gen)},
-        flops / floors.gemm_rate(),
+    products = 1 + len(peers.TEMPERATURES)
+    points = count + case["P"] + case["Q"]
+    return Contest(
+        check=lambda: checks.drift(gen, pos, neg),
+        ours=call(dk.drift_loss),
+        peers={
+            cases.EAGER: call(peers.drift_loss),
+            cases.COMPILED: call(torch.compile(peers.drift_loss)),
+        },
+        floor=floors.gemm_seconds(products * 2 * batch * count * points * features),
     )
+
+
+@pytest.mark.parametrize("case", cases.of("drift-loss"), ids=str)
+def bench_drift_loss(case: Case, race: RunContest) -> None:
+    race(case, contest(case))

@@ -29,8 +29,10 @@ from torch import Tensor
 
 import driftar_kernels as dk
 
-from . import peers
-from .timing import interleaved_medians
+from .cases import OURS
+from .peers.attention import sdpa
+from .peers.drift import drift_loss
+from .timing import Contest, Race
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "driftar_kernels" / "triton"
@@ -105,21 +107,27 @@ def timed(
 ) -> Record:
     """Interleaved medians in seconds; on a GPU every call is waited for."""
 
-    def waited(call: Callable[[], object]) -> object:
-        result = call()
+    def waited(call: Callable[[], object]) -> None:
+        call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return result
 
-    calls = {"driftar": ours, **others}
-    return interleaved_medians({name: partial(waited, call) for name, call in calls.items()})
+    competitors = {name: partial(waited, call) for name, call in others.items()}
+    # The operators' tests have run before.
+    race = Race(Contest(check=lambda: None, ours=partial(waited, ours), peers=competitors))
+    if race.unavailable:
+        raise RuntimeError(f"competitors did not run: {race.unavailable}")
+    for _ in range(race.rounds):
+        race.run_peers()
+        race.run_ours()
+    return race.medians()
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     backend = torch.nn.attention.SDPBackend
     kinds = [backend.FLASH_ATTENTION] if query.is_cuda else [backend.MATH]
     with torch.nn.attention.sdpa_kernel(kinds):
-        return peers.sdpa(query, key, value)
+        return sdpa(query, key, value, is_causal=True)
 
 
 def bench_attention(device: torch.device) -> list[Record]:
@@ -153,7 +161,7 @@ def bench_attention(device: torch.device) -> list[Record]:
                 ("forward", forward, 0.95),
                 ("forward+backward", training, 0.9),
             ):
-                ratio = medians["sdpa"] / medians["driftar"]
+                ratio = medians["sdpa"] / medians[OURS]
                 rows.append(_row(f"attention {name} {list(shape)}", medians, ratio, target))
     return rows
 
@@ -172,7 +180,7 @@ def bench_decode(device: torch.device) -> list[Record]:
 
     medians = timed(device, decode, copy=lambda: target.copy_(key))
     # A copy of the keys moves as many bytes as decoding reads.
-    return [_row(f"decode, {keys} keys", medians, medians["copy"] / medians["driftar"], 0.8)]
+    return [_row(f"decode, {keys} keys", medians, medians["copy"] / medians[OURS], 0.8)]
 
 
 def bench_drift(device: torch.device) -> list[Record]:
@@ -184,7 +192,7 @@ def bench_drift(device: torch.device) -> list[Record]:
         else [(1, 8, 8, 4, 16)]
     )
     rows = []
-    compiled = torch.compile(peers.eager_drift_loss)
+    compiled = torch.compile(drift_loss)
     for batch, count, positives, negatives, features in shapes:
         gen = torch.randn(batch, count, features, device=device).requires_grad_()
         pos = torch.randn(batch, positives, features, device=device) + 0.5
@@ -195,11 +203,11 @@ def bench_drift(device: torch.device) -> list[Record]:
         ) -> object:
             return torch.autograd.grad(loss(gen, pos, neg), gen)
 
-        others = {"eager": partial(step, peers.eager_drift_loss)}
+        others = {"eager": partial(step, drift_loss)}
         if cuda:
             others["compiled"] = partial(step, compiled)
         medians = timed(device, partial(step, dk.drift_loss), **others)
-        ratio = medians["eager"] / medians["driftar"]
+        ratio = medians["eager"] / medians[OURS]
         shape = [batch, count, positives, negatives, features]
         rows.append(_row(f"drift_loss forward+backward {shape}", medians, ratio, 5.0))
     return rows
@@ -211,7 +219,7 @@ def bench_tree(device: torch.device) -> list[Record]:
     tree = dk.DraftTree(parents).to(device)
     draft = torch.randn(1, 64, 16, device=device)
     medians = timed(device, lambda: dk.verify_tree(tree, draft, draft, tolerance=0.1))
-    return [_row("verify_tree, 64 nodes", medians, 15e-6 / medians["driftar"], 1.0)]
+    return [_row("verify_tree, 64 nodes", medians, 15e-6 / medians[OURS], 1.0)]
 
 
 def _row(name: str, medians: Record, ratio: float, target: float) -> Record:

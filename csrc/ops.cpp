@@ -1,6 +1,6 @@
 // The one list of native operators. Kernels register themselves for their device at the foot of
 // their binding file; fake implementations and gradients are attached in Python
-// (driftar_kernels/_library.py).
+// (driftar_kernels/_library.py), the gradient of attention in autograd/.
 
 #include "cpu/isa.h"
 
@@ -42,10 +42,23 @@ TORCH_LIBRARY(driftar, library) {
       "drift_force(Tensor gen, Tensor pos, Tensor? neg, Tensor weight, Tensor distances, "
       "Tensor scale, float[] temperatures) -> (Tensor force, Tensor squares)");
   library.def(
+      "drift_squares(Tensor gen, Tensor pos, Tensor? neg, Tensor weight, Tensor distances, "
+      "Tensor scale, float[] temperatures) -> Tensor");
+  library.def(
+      "drift_combined_force(Tensor gen, Tensor pos, Tensor? neg, Tensor weight, Tensor distances, "
+      "Tensor scale, float[] temperatures, Tensor factors) -> Tensor");
+  library.def(
       "entropy_to_sigma(Tensor entropy, float sigma_max, float tau, float entropy_max) -> Tensor");
+  library.def(
+      "entropy_to_sigma_backward(Tensor grad, Tensor entropy, float sigma_max, float tau, "
+      "float entropy_max) -> Tensor");
   library.def(
       "entropy_prior(Tensor mean, Tensor entropy, Tensor noise, float sigma_max, float tau, "
       "float entropy_max) -> Tensor");
+  library.def(
+      "entropy_prior_backward(Tensor grad, Tensor entropy, Tensor noise, float sigma_max, "
+      "float tau, float entropy_max, bool need_entropy, bool need_noise) -> "
+      "(Tensor grad_entropy, Tensor grad_noise)");
 }
 
 namespace {

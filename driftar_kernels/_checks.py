@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATING = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
+_REAL = (int, float, torch.SymFloat, torch.SymInt)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -25,10 +26,13 @@ def tensor(op: str, name: str, value: object, rank: int | None = None) -> Tensor
 
 def floating(op: str, **tensors: Tensor) -> None:
     """All of one supported floating dtype."""
+    found_dtypes = {value.dtype for value in tensors.values()}
+    if len(found_dtypes) == 1 and found_dtypes <= FLOATING:
+        return
     for name, value in tensors.items():
         if value.dtype not in FLOATING:
             raise TypeError(f"{op}: {name} must be fp32, bf16, fp16 or fp64, got {value.dtype}")
-    if len({value.dtype for value in tensors.values()}) > 1:
+    if len(found_dtypes) > 1:
         found = ", ".join(f"{name} {value.dtype}" for name, value in tensors.items())
         raise TypeError(f"{op}: {', '.join(tensors)} must have one dtype, got {found}")
 
@@ -41,15 +45,15 @@ def integer(op: str, name: str, value: Tensor) -> None:
 
 def same_device(op: str, **tensors: Tensor | None) -> None:
     """All present tensors on one device."""
-    present = {name: value.device for name, value in tensors.items() if value is not None}
-    if len(set(present.values())) > 1:
+    if len({value.device for value in tensors.values() if value is not None}) > 1:
+        present = {name: value.device for name, value in tensors.items() if value is not None}
         found = ", ".join(f"{name} on {device}" for name, device in present.items())
         raise ValueError(f"{op}: {', '.join(present)} must be on one device, got {found}")
 
 
-def shape(op: str, name: str, value: Tensor, expected: Sequence[int], meaning: str) -> None:
+def shape(op: str, name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:
     """Exactly ``expected``; ``meaning`` spells the dimensions, as in ``[B, N]``."""
-    if tuple(value.shape) != tuple(expected):
+    if value.shape != expected:
         raise ValueError(
             f"{op}: {name} must have shape {meaning} = {list(expected)}, got {_shape(value)}"
         )
@@ -57,7 +61,7 @@ def shape(op: str, name: str, value: Tensor, expected: Sequence[int], meaning: s
 
 def number(op: str, name: str, value: object) -> float:
     """A finite real number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, _REAL):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     # Comparisons, unlike math.isfinite, also work on the symbolic numbers of dynamic compilation.
     if not -math.inf < value < math.inf:
@@ -91,8 +95,9 @@ def readable(value: Tensor) -> bool:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast asks for on ``device``, or None outside of autocast."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
     return None
 
 

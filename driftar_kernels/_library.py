@@ -7,12 +7,13 @@ Importing the package never fails because the compiled library does not load: th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 
 NAMESPACE = "driftar"
 
@@ -40,24 +41,24 @@ except (ImportError, OSError) as error:
 TRITON_SUFFIX = "_triton"
 
 _fragment = torch.library.Library(NAMESPACE, "FRAGMENT")
+_operators: dict[str, Any] = {}
 
 
-def _variants() -> tuple[str, ...]:
-    """Name suffixes under which every operator is registered."""
-    return (TRITON_SUFFIX,) if native_error else ("", TRITON_SUFFIX)
-
-
-def register_fake(op: str, fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> None:
+def register_fake(
+    op: str, fake: Callable[..., Any], *, mutates: tuple[str, ...] = (), twin: bool = True
+) -> None:
     """Attach the shape function of an operator, and derive the operator's Triton twin from it.
 
     The signature of ``fake`` is the operator's schema, so the twin exists whether or not the
-    compiled library does. ``mutates`` names the arguments that are written in place.
+    compiled library does. ``mutates`` names the arguments that are written in place; without
+    ``twin`` the operator is native only.
     """
-    twin = op + TRITON_SUFFIX
-    _fragment.define(torch.library.infer_schema(fake, mutates_args=mutates, op_name=twin))
-    for device in ("CPU", "CUDA"):
-        _fragment.impl(twin, _triton_launcher(op), device)
-    for suffix in _variants():
+    if twin:
+        name = op + TRITON_SUFFIX
+        _fragment.define(torch.library.infer_schema(fake, mutates_args=mutates, op_name=name))
+        for device in ("CPU", "CUDA"):
+            _fragment.impl(name, _triton_launcher(op), device)
+    for suffix in _variants(native=True, twin=twin):
         torch.library.register_fake(f"{NAMESPACE}::{op}{suffix}", fake)
 
 
@@ -67,15 +68,23 @@ def register_autograd(
     setup_context: Callable[..., None] | None = None,
     *,
     backward_op: str | None = None,
+    native: bool = True,
 ) -> None:
     """Attach the gradient formula of an operator; ``backward`` gets the variant of
-    ``backward_op``, where one is named, as its first argument.
+    ``backward_op``, where one is named, as its first argument. Without ``native`` only the Triton
+    twin gets it.
     """
-    for suffix in _variants():
+    for suffix in _variants(native=native, twin=True):
         formula = partial(backward, f"{backward_op}{suffix}") if backward_op else backward
         torch.library.register_autograd(
             f"{NAMESPACE}::{op}{suffix}", formula, setup_context=setup_context
         )
+
+
+def _variants(*, native: bool, twin: bool) -> list[str]:
+    """Suffixes of the names under which an operator is registered."""
+    built = native and native_error is None
+    return ([""] if built else []) + ([TRITON_SUFFIX] if twin else [])
 
 
 def _triton_launcher(op: str) -> Callable[..., Any]:
@@ -97,7 +106,39 @@ def operator(op: str, backend: str) -> Any:
 
 def native(op: str) -> Any:
     """The registered operator, as ``torch.ops.driftar.<op>``."""
-    return getattr(getattr(torch.ops, NAMESPACE), op).default
+    found = _operators.get(op)
+    if found is None:
+        found = _operators[op] = getattr(getattr(torch.ops, NAMESPACE), op).default
+    return found
+
+
+def call(operator: Any, *arguments: Any) -> Any:
+    """Run a differentiable operator, past its autograd formula where nothing needs it.
+
+    The formula is Python, and passing it costs as much as several ATen calls.
+
+    Raises:
+        NotImplementedError: an argument carries a forward derivative, which would be lost.
+    """
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(operator, arguments)
+    if torch.is_grad_enabled():
+        for x in arguments:
+            if isinstance(x, torch.Tensor) and x.requires_grad:
+                return operator(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
+def _refuse_tangents(operator: Any, arguments: Iterable[Any]) -> None:
+    for x in arguments:
+        if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"{operator.name()}: forward derivatives are not provided by this backend; "
+                "use_backend('reference') computes them"
+            )
 
 
 def define_reference(op: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:

@@ -6,7 +6,7 @@ Derivation, memory and numerics: docs/ops/drift.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,10 @@ from . import _checks, _library, backends
 from .reference import drift as reference
 
 NORMALIZATIONS = ("bilateral",)
-MAX_KEPT_PER_PROBLEM = 1 << 18  # elements of one problem's N x M distances
-MAX_KEPT = 1 << 26  # elements of all of them
+MAX_KEPT = 1 << 24  # elements of the N x M distances of all problems: 64 MB in fp32
+MAX_KEPT_OF_SMALL = 1 << 26  # the same, of problems as small as these:
+MAX_SMALL = 1 << 16  # elements of one problem's N x M distances
+MIN_PROBLEMS = 16  # fewer problems are computed block by block, whatever their size
 
 
 # gen, pos, neg
@@ -118,11 +120,27 @@ def drift_loss(
     _checks.choice("drift_loss", "reduction", reduction, ("mean", "none"))
     weights = (gen_weight, pos_weight, neg_weight)
     field = _field("drift_loss", gen, pos, neg, weights, temperatures, normalization, group)
-    # gen - detach(gen) is exactly 0 and carries the gradient; gen minus its goal would cancel.
     unit = reference.input_scale(field.scale, gen.shape[2])
-    wide = gen.to(field.force.dtype)
-    loss = ((wide - wide.detach()) / unit - field.force).square().mean((1, 2))
+    loss = _Loss.apply(gen, field.force, unit)
     return loss.mean() if reduction == "mean" else loss
+
+
+class _Loss(torch.autograd.Function):
+    """``mean_is ((gen - constant) / unit - force)^2`` of every problem, where gen = constant."""
+
+    @staticmethod
+    def forward(ctx: Any, gen: Tensor, force: Tensor, unit: Tensor) -> Tensor:
+        ctx.save_for_backward(gen, force, unit)
+        return torch.linalg.vector_norm(force, dim=(1, 2)).square() / force[0].numel()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+        gen, force, unit = ctx.saved_tensors
+        if torch.is_grad_enabled():  # zero, but for its derivative
+            wide = gen.to(force.dtype)
+            force = force - (wide - wide.detach()) / unit
+        factor = grad_loss * (-2 / (unit * force[0].numel()))
+        return (force * factor[:, None, None]).to(gen.dtype), None, None
 
 
 def _field(
@@ -151,16 +169,21 @@ def _field(
             )
         sums = _all_reduce(sums, group)
         scale = sums[0] / sums[1].clamp(min=torch.finfo(sums.dtype).tiny)
+        points = (gen, pos, neg, weight)
+        if backend == "cpu" and _many_small(gen, weight):
+            # A second look at the points costs less than the raw forces' way through memory.
+            forces = (*points, distances, scale, values)
+            norms = _norms(_library.native("drift_squares")(*forces), gen, group)
+            force = _library.native("drift_combined_force")(*forces, _factors(norms))
+            return DriftField(force, scale, norms)
         if backend == "reference":
-            raw, squares = reference.drift_force(gen, pos, neg, weight, scale, values)
+            raw, squares = reference.drift_force(*points, scale, values)
         else:
             raw, squares = _library.operator("drift_force", backend)(
-                gen, pos, neg, weight, distances, scale, values
+                *points, distances, scale, values
             )
-        count = squares.new_full((1,), gen.numel())
-        totals = _all_reduce(torch.cat([squares, count]), group)
-        norms = totals[:-1] / totals[-1]
-        force = torch.einsum("tbns,t->bns", raw, norms.clamp(min=reference.MIN_MEAN_SQUARE).rsqrt())
+        norms = _norms(squares, gen, group)
+        force = torch.einsum("tbns,t->bns", raw, _factors(norms))
     return DriftField(force, scale, norms)
 
 
@@ -238,12 +261,27 @@ def _all_reduce(values: Tensor, group: torch.distributed.ProcessGroup | None) ->
     return values
 
 
+def _norms(squares: Tensor, gen: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
+    """Mean squared raw force of every temperature over the global batch."""
+    count = squares.new_full((1,), gen.numel())
+    totals = _all_reduce(torch.cat([squares, count]), group)
+    return totals[:-1] / totals[-1]
+
+
+def _factors(norms: Tensor) -> Tensor:
+    """What every temperature's raw force is multiplied by in the sum."""
+    return norms.clamp(min=reference.MIN_MEAN_SQUARE).rsqrt()
+
+
+def _many_small(gen: Tensor, weight: Tensor) -> bool:
+    """Whether there are so many so small problems that each is best computed by one core."""
+    return gen.shape[0] >= MIN_PROBLEMS and gen.shape[1] * weight.shape[1] <= MAX_SMALL
+
+
 def _keep_distances(gen: Tensor, weight: Tensor) -> bool:
-    """Many small problems keep their N x M distances between the two passes, large ones recompute
-    them.
-    """
-    batch, count, points = gen.shape[0], gen.shape[1], weight.shape[1]
-    return count * points <= MAX_KEPT_PER_PROBLEM and batch * count * points <= MAX_KEPT
+    """Whether the N x M distances are kept between the passes or computed again."""
+    most = MAX_KEPT_OF_SMALL if _many_small(gen, weight) else MAX_KEPT
+    return gen.shape[0] * gen.shape[1] * weight.shape[1] <= most
 
 
 def _distances_fake(
@@ -268,5 +306,32 @@ def _force_fake(
     return gen.new_empty(count, *gen.shape, dtype=dtype), gen.new_empty(count, dtype=dtype)
 
 
+def _squares_fake(
+    gen: Tensor,
+    pos: Tensor,
+    neg: Tensor | None,
+    weight: Tensor,
+    distances: Tensor,
+    scale: Tensor,
+    temperatures: Sequence[float],
+) -> Tensor:
+    return weight.new_empty(len(temperatures))
+
+
+def _combined_force_fake(
+    gen: Tensor,
+    pos: Tensor,
+    neg: Tensor | None,
+    weight: Tensor,
+    distances: Tensor,
+    scale: Tensor,
+    temperatures: Sequence[float],
+    factors: Tensor,
+) -> Tensor:
+    return weight.new_empty(gen.shape)
+
+
 _library.register_fake("drift_distances", _distances_fake)
 _library.register_fake("drift_force", _force_fake)
+_library.register_fake("drift_squares", _squares_fake, twin=False)
+_library.register_fake("drift_combined_force", _combined_force_fake, twin=False)

@@ -39,7 +39,8 @@ def entropy_to_sigma(
     backend = backends.select("entropy_to_sigma", entropy.device)
     if backend == "reference":
         return reference.entropy_to_sigma(entropy, *settings)
-    result: Tensor = _library.operator("entropy_to_sigma", backend)(entropy, *settings)
+    operator = _library.operator("entropy_to_sigma", backend)
+    result: Tensor = _library.call(operator, entropy, *settings)
     return result
 
 
@@ -83,7 +84,8 @@ def entropy_prior(
     backend = backends.select(op, mean.device)
     if backend == "reference":
         return reference.entropy_prior(mean, entropy, noise, *settings)
-    result: Tensor = _library.operator(op, backend)(mean, entropy, noise, *settings)
+    operator = _library.operator(op, backend)
+    result: Tensor = _library.call(operator, mean, entropy, noise, *settings)
     return result
 
 
@@ -103,13 +105,6 @@ def _check_settings(
     return float(sigma_max), float(tau), float(entropy_max)
 
 
-def _sigma_gradient(entropy: Tensor, sigma_max: float, tau: float, entropy_max: float) -> Tensor:
-    """d sigma / d E, zero where E is clamped."""
-    slope = sigma_max / (tau * reference.exponential_range(tau, entropy_max))
-    inside = (entropy >= 0) & (entropy <= entropy_max)
-    return torch.where(inside, slope * torch.exp(entropy / tau), 0.0)
-
-
 def _sigma_fake(entropy: Tensor, sigma_max: float, tau: float, entropy_max: float) -> Tensor:
     return entropy.new_empty(entropy.shape, dtype=torch.promote_types(entropy.dtype, torch.float32))
 
@@ -119,10 +114,16 @@ def _sigma_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(entropy)
 
 
-def _sigma_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _sigma_backward(operator: str, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (entropy,) = ctx.saved_tensors
-    slope = _sigma_gradient(entropy.to(grad.dtype), *ctx.settings)
-    return ((grad * slope).to(entropy.dtype), None, None, None)
+    gradient = _library.call(_library.native(operator), grad, entropy, *ctx.settings)
+    return (gradient, None, None, None)
+
+
+def _sigma_backward_fake(
+    grad: Tensor, entropy: Tensor, sigma_max: float, tau: float, entropy_max: float
+) -> Tensor:
+    return entropy.new_empty(entropy.shape)
 
 
 def _prior_fake(
@@ -136,20 +137,62 @@ def _prior_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(entropy, noise)
 
 
-def _prior_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _prior_backward(operator: str, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     entropy, noise = ctx.saved_tensors
+    _, need_entropy, need_noise, *_ = ctx.needs_input_grad
     grad_entropy = grad_noise = None
-    wide = entropy.to(torch.promote_types(entropy.dtype, torch.float32))
-    if ctx.needs_input_grad[1]:
-        product = (grad.to(wide.dtype) * noise).sum(-1)
-        grad_entropy = (product * _sigma_gradient(wide, *ctx.settings)).to(entropy.dtype)
-    if ctx.needs_input_grad[2]:
-        sigma = reference.entropy_to_sigma(wide, *ctx.settings)
-        grad_noise = (grad * sigma[..., None]).to(noise.dtype)
-    return (grad, grad_entropy, grad_noise, None, None, None)
+    if need_entropy or need_noise:
+        grad_entropy, grad_noise = _library.call(
+            _library.native(operator),
+            grad,
+            entropy,
+            noise,
+            *ctx.settings,
+            need_entropy,
+            need_noise,
+        )
+    return (
+        grad,
+        grad_entropy if need_entropy else None,
+        grad_noise if need_noise else None,
+        None,
+        None,
+        None,
+    )
+
+
+def _prior_backward_fake(
+    grad: Tensor,
+    entropy: Tensor,
+    noise: Tensor,
+    sigma_max: float,
+    tau: float,
+    entropy_max: float,
+    need_entropy: bool,
+    need_noise: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        entropy.new_empty(entropy.shape if need_entropy else (0,)),
+        noise.new_empty(noise.shape if need_noise else (0,)),
+    )
+
+
+def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
+    raise NotImplementedError(
+        "entropy_to_sigma, entropy_prior: second derivatives are not provided by this backend; "
+        "use_backend('reference') computes them"
+    )
 
 
 _library.register_fake("entropy_to_sigma", _sigma_fake)
-_library.register_autograd("entropy_to_sigma", _sigma_backward, _sigma_setup)
+_library.register_fake("entropy_to_sigma_backward", _sigma_backward_fake)
+_library.register_autograd(
+    "entropy_to_sigma", _sigma_backward, _sigma_setup, backward_op="entropy_to_sigma_backward"
+)
+_library.register_autograd("entropy_to_sigma_backward", _no_second_derivative)
 _library.register_fake("entropy_prior", _prior_fake)
-_library.register_autograd("entropy_prior", _prior_backward, _prior_setup)
+_library.register_fake("entropy_prior_backward", _prior_backward_fake)
+_library.register_autograd(
+    "entropy_prior", _prior_backward, _prior_setup, backward_op="entropy_prior_backward"
+)
+_library.register_autograd("entropy_prior_backward", _no_second_derivative)

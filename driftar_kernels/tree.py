@@ -259,14 +259,13 @@ def verify_chain(
     _checks.shape(op, "draft_std", draft_std, (batch, count), "[B, K]")
     _checks.shape(op, "target_mean", target_mean, (batch, count + 1, width), "[B, K+1, D]")
     _checks.shape(op, "target_std", target_std, (batch, count + 1), "[B, K+1]")
-    for name, std in (("draft_std", draft_std), ("target_std", target_std)):
-        if _checks.readable(std) and not bool(((std >= 0) & (std < torch.inf)).all()):
-            raise ValueError(f"{op}: {name} must be finite and >= 0")
+    backend = backends.select(op, draft.device)
+    name = "verify_chain_reference" if backend == "reference" else op
+    if backend != "cpu":
+        _check_std(draft_std=draft_std, target_std=target_std)
     seed = torch.randint(
         2**63 - 1, (1,), dtype=torch.int64, device=draft.device, generator=generator
     )
-    backend = backends.select(op, draft.device)
-    name = "verify_chain_reference" if backend == "reference" else op
     return ChainVerdict(
         *_library.operator(name, backend)(
             draft, draft_mean, draft_std, target_mean, target_std, seed
@@ -326,6 +325,13 @@ def commit_path(
         # Autograd must see the write; compiled code is functionalised and needs no counter.
         torch.autograd.graph.increment_version((key_cache, value_cache))
     return result
+
+
+def _check_std(**tensors: Tensor) -> None:
+    """Standard deviations must be finite and >= 0; the C++ kernels check it themselves."""
+    for name, std in tensors.items():
+        if _checks.readable(std) and not bool(((std >= 0) & (std < torch.inf)).all()):
+            raise ValueError(f"verify_chain: {name} must be finite and >= 0")
 
 
 def _check_path(capacity: int, key_lengths: Tensor, path: Tensor, length: Tensor) -> None:

@@ -57,11 +57,12 @@ inline at::Tensor checked_parents(const char* op, const at::Tensor& parents, int
   const at::Tensor values = parents.to(at::kLong).contiguous();
   const int64_t nodes = values.size(1);
   const int64_t* data = values.const_data_ptr<int64_t>();
-  for (int64_t index = 0; index < values.numel(); ++index) {
-    const int64_t node = index % nodes;
-    TORCH_CHECK_VALUE(data[index] >= -1 && data[index] < node, op,
-                      ": parents must be -1 or an earlier node, got ", data[index], " for node ",
-                      node, " of tree ", index / nodes);
+  for (int64_t tree = 0; tree < values.size(0); ++tree, data += nodes) {
+    for (int64_t node = 0; node < nodes; ++node) {
+      TORCH_CHECK_VALUE(data[node] >= -1 && data[node] < node, op,
+                        ": parents must be -1 or an earlier node, got ", data[node], " for node ",
+                        node, " of tree ", tree);
+    }
   }
   return values;
 }

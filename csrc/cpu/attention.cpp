@@ -196,6 +196,7 @@ ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Te
     using acc_t = accumulate_t<scalar_t>;
     AttentionForward<scalar_t> call;
     context.fill(call, query, key, value, scale, entropy_from);
+    call.blocking = query_blocking(call, thread_count());
     call.normalize = normalize;
     call.out = data_or_null<scalar_t>(out);
     call.lse = data_or_null<acc_t>(lse), call.max_score = data_or_null<acc_t>(max_score);
@@ -205,12 +206,15 @@ ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Te
     call.entropy_cross = data_or_null<acc_t>(entropy_cross);
 
     const bool map = context.entropy == EntropyKind::map;
+    const QueryBlocking& blocking = call.blocking;
+    const int64_t tasks = call.batch * call.key_heads * blocking.head_blocks * blocking.row_blocks;
     const int64_t slot_size = std::max(forward_scratch(call), map ? map_scratch(call) : int64_t{0});
-    const Tensor scratch = at::empty({thread_count(), slot_size}, statistics);
+    // A small call does not pay for scratch of threads that have nothing to do.
+    const int64_t slots = map ? thread_count() : std::min(thread_count(), tasks);
+    const Tensor scratch = at::empty({slots, slot_size}, statistics);
     acc_t* memory = scratch.mutable_data_ptr<acc_t>();
     dispatch_isa([&](auto isa) {
       using Kernel = AttentionKernel<decltype(isa)::value, scalar_t>;
-      const int64_t tasks = call.batch * call.query_heads * blocks(call.query_length, kQueryBlock);
       parallel_for(tasks, [&](int64_t task, int64_t slot) {
         Kernel::forward(call, task, memory + slot * slot_size);
       });
@@ -265,51 +269,68 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
             at::zeros(value.sizes(), value.options())};
   }
   const auto statistics = query.options().dtype(type);
-  const Tensor delta = ((grad_out.to(type) * out.to(type)).sum(-1) - grad_lse).contiguous();
   const Tensor weight = context.entropy == EntropyKind::none
                             ? grad_entropy
                             : (grad_entropy * entropy_norm).contiguous();
-  const Tensor saved_lse = lse.contiguous(), saved_entropy_lse = entropy_lse.contiguous(),
-               saved_cross = entropy_cross.contiguous();
-
-  // Enough accumulators of the key and value gradients to occupy every thread, summed at the end.
-  const int64_t units = context.batch * (map ? 1 : context.key_heads);
-  const int64_t row_blocks = blocks(context.query_length, map ? kMapQueryBlock : kQueryBlock);
-  const int64_t splits = std::clamp<int64_t>(blocks(thread_count(), units), 1, row_blocks);
-  const auto accumulator = [&](const Tensor& x) {
-    return at::zeros({splits, x.size(0), x.size(1), x.size(2), x.size(3)}, statistics);
-  };
-  const Tensor grad_key = accumulator(key), grad_value = accumulator(value);
+  const Tensor saved_out = out.contiguous(), saved_lse = lse.contiguous(),
+               saved_entropy_lse = entropy_lse.contiguous(),
+               saved_cross = entropy_cross.contiguous(), lse_weight = grad_lse.contiguous();
+  const Tensor delta = at::empty(rows, statistics);
+  const Tensor grad_key = at::empty(key.sizes(), key.options());
+  const Tensor grad_value = at::empty(value.sizes(), value.options());
 
   dispatch_floating(query.scalar_type(), [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using acc_t = accumulate_t<scalar_t>;
     AttentionBackward<scalar_t> call;
     context.fill(call, query, key, value, scale, entropy_from);
+    call.out = saved_out.const_data_ptr<scalar_t>();
     call.lse = saved_lse.const_data_ptr<acc_t>();
     call.entropy_lse = saved_entropy_lse.const_data_ptr<acc_t>();
     call.entropy_cross = saved_cross.const_data_ptr<acc_t>();
     call.entropy_weight = weight.const_data_ptr<acc_t>();
-    call.delta = delta.const_data_ptr<acc_t>();
+    call.grad_lse = lse_weight.const_data_ptr<acc_t>();
+    call.delta = delta.mutable_data_ptr<acc_t>();
     call.grad_out = operand<scalar_t>(grad_out);
     call.grad_query = grad_query.mutable_data_ptr<scalar_t>();
-    call.grad_key = grad_key.mutable_data_ptr<acc_t>();
-    call.grad_value = grad_value.mutable_data_ptr<acc_t>();
-    call.splits = splits;
+    call.grad_key = grad_key.mutable_data_ptr<scalar_t>();
+    call.grad_value = grad_value.mutable_data_ptr<scalar_t>();
+
+    // A unit is what one task differentiates: the query heads of a key head, or all with "map".
+    // Enough tasks share its keys to occupy every thread; each then gathers gradients of its
+    // queries apart, while tasks that have a unit to themselves reuse their thread's memory.
+    const int64_t units_per_sample = map ? 1 : context.key_heads;
+    const int64_t units = context.batch * units_per_sample;
+    const int64_t heads = context.query_heads / units_per_sample;
+    const int64_t tiles = blocks(context.key_length, BackwardBlocks(call).keys);
+    call.splits = std::clamp<int64_t>(blocks(thread_count(), units), 1, tiles);
+    const int64_t gathered = heads * context.query_length * padded<acc_t>(context.width);
+    const Tensor queries =
+        at::empty({call.splits > 1 ? call.splits * units : thread_count(), gathered}, statistics);
+    acc_t* grad_queries = queries.mutable_data_ptr<acc_t>();
     const int64_t slot_size = backward_scratch(call);
     const Tensor scratch = at::empty({thread_count(), slot_size}, statistics);
     acc_t* memory = scratch.mutable_data_ptr<acc_t>();
     dispatch_isa([&](auto isa) {
       using Kernel = AttentionKernel<decltype(isa)::value, scalar_t>;
-      parallel_for(splits * units, [&](int64_t task, int64_t slot) {
-        Kernel::backward(call, task, memory + slot * slot_size);
+      const auto store = [&](int64_t unit, acc_t* gradients) {
+        Kernel::store_queries(call, unit / units_per_sample, unit % units_per_sample * heads, heads,
+                              gradients, call.splits, units * gathered);
+      };
+      parallel_for(call.batch * call.query_heads,
+                   [&](int64_t task, int64_t) { Kernel::row_deltas(call, task); });
+      parallel_for(call.splits * units, [&](int64_t task, int64_t slot) {
+        acc_t* own = grad_queries + (call.splits > 1 ? task : slot) * gathered;
+        std::fill(own, own + gathered, acc_t(0));
+        Kernel::backward(call, task, own, memory + slot * slot_size);
+        if (call.splits == 1) store(task, own);
       });
+      if (call.splits == 1) return;
+      parallel_for(units,
+                   [&](int64_t unit, int64_t) { store(unit, grad_queries + unit * gathered); });
     });
   });
-  const auto finish = [&](const Tensor& x) {
-    return (splits == 1 ? x.squeeze(0) : x.sum(0)).to(query.scalar_type());
-  };
-  return {grad_query, finish(grad_key), finish(grad_value)};
+  return {grad_query, grad_key, grad_value};
 }
 
 }  // namespace

@@ -4,7 +4,9 @@
 
 #include "../common/accumulate.h"
 #include "isa.h"
+#include "padding.h"
 
+#include <algorithm>
 #include <cstdint>
 
 namespace driftar::cpu {
@@ -45,9 +47,16 @@ struct AttentionShape {
   Visibility visibility;
 };
 
+// How the queries are dealt out: blocks of `rows` queries of `heads` heads that share a key head.
+struct QueryBlocking {
+  int64_t rows, heads;
+  int64_t row_blocks, head_blocks;  // head blocks of one key head
+};
+
 template <typename scalar_t>
 struct AttentionForward : AttentionShape<scalar_t> {
   using acc_t = accumulate_t<scalar_t>;
+  QueryBlocking blocking;
   bool normalize;
   scalar_t* out;         // [B, Hq, Lq, Dv]
   acc_t* lse;            // [B, Hq, Lq]
@@ -62,51 +71,107 @@ struct AttentionForward : AttentionShape<scalar_t> {
 template <typename scalar_t>
 struct AttentionBackward : AttentionShape<scalar_t> {
   using acc_t = accumulate_t<scalar_t>;
-  const acc_t* lse;            // [B, Hq, Lq]
-  const acc_t* entropy_lse;    // [B, Hq, Lq]
-  const acc_t* entropy_cross;  // [B, Hq, Lq]
-  const acc_t*
-      entropy_weight;  // gradient of the entropy times entropy_norm: [B, Hq, Lq] or [B, Lq]
-  const acc_t* delta;  // [B, Hq, Lq]: <grad_out, out> - grad_lse
+  const scalar_t* out;          // [B, Hq, Lq, Dv]
+  const acc_t* lse;             // [B, Hq, Lq]
+  const acc_t* entropy_lse;     // [B, Hq, Lq]
+  const acc_t* entropy_cross;   // [B, Hq, Lq]
+  const acc_t* entropy_weight;  // gradient of the entropy times entropy_norm: [B, Hq, Lq] (head) or
+                                // [B, Lq] (map)
+  const acc_t* grad_lse;        // [B, Hq, Lq]
+  acc_t* delta;                 // [B, Hq, Lq]: <grad_out, out> - grad_lse
   Operand<const scalar_t> grad_out;
   scalar_t* grad_query;  // [B, Hq, Lq, D]
-  acc_t* grad_key;       // [splits, B, Hkv, Lk, D], zero-initialised
-  acc_t* grad_value;     // [splits, B, Hkv, Lk, Dv], zero-initialised
-  int64_t splits;        // query blocks are dealt out to this many accumulators
+  scalar_t* grad_key;    // [B, Hkv, Lk, D]
+  scalar_t* grad_value;  // [B, Hkv, Lk, Dv]
+  int64_t splits;        // tasks that share the keys of a head
 };
 
-// Queries and keys per block.
-constexpr int64_t kQueryBlock = 64;
-constexpr int64_t kKeyBlock = 128;
+// Keys per block.
+constexpr int64_t kKeyBlock = 256;
+// Queries per block: at most, and as few as keep every thread busy. Many, since the keys are packed
+// anew for every block.
+constexpr int64_t kQueryBlock = 512;
+constexpr int64_t kMinQueryBlock = 64;
+// Blocks of the backward pass, whose tiles of scores and of their gradients stay in the L2 cache.
+constexpr int64_t kBackwardQueryBlock = 64;
+constexpr int64_t kBackwardKeyBlock = 128;
+// Up to so many queries are multiplied with the keys as they lie; more are worth packing the keys.
+constexpr int64_t kDotRows = 2;
+// Rows that a matrix product takes together, at most.
+constexpr int64_t kMaxGemmRows = 8;
 // The entropy of the head-averaged map holds one tile of every head at once.
-constexpr int64_t kMapQueryBlock = 32;
+constexpr int64_t kMapQueryBlock = 64;
 constexpr int64_t kMapKeyBlock = 64;
+constexpr int64_t kMapTile = kMapQueryBlock * kMapKeyBlock;
+static_assert(kMapQueryBlock <= kBackwardQueryBlock);
 
 inline int64_t blocks(int64_t length, int64_t block) { return (length + block - 1) / block; }
 
+template <typename scalar_t>
+QueryBlocking query_blocking(const AttentionShape<scalar_t>& shape, int64_t threads) {
+  const int64_t group = shape.query_heads / shape.key_heads;
+  QueryBlocking result{};
+  for (int64_t most = kQueryBlock; most >= kMinQueryBlock; most /= 2) {
+    result.rows = std::min(shape.query_length, most);
+    result.heads = std::clamp<int64_t>(most / result.rows, 1, group);
+    result.row_blocks = blocks(shape.query_length, result.rows);
+    result.head_blocks = blocks(group, result.heads);
+    const int64_t tasks = shape.batch * shape.key_heads * result.row_blocks * result.head_blocks;
+    if (tasks >= 4 * threads) break;
+  }
+  return result;
+}
+
+// Whole panels of the matrix products.
+template <typename scalar_t>
+int64_t forward_key_block(const AttentionShape<scalar_t>& shape) {
+  constexpr int64_t panel = 2 * padding<accumulate_t<scalar_t>>;
+  return std::clamp(blocks(shape.key_length, panel) * panel, panel, kKeyBlock);
+}
+
 // Scratch of one thread, in elements of the accumulation type.
 template <typename scalar_t>
-int64_t forward_scratch(const AttentionShape<scalar_t>& shape) {
-  const int64_t rows =
-      shape.width * (kQueryBlock + kKeyBlock) + shape.value_width * (kQueryBlock + kKeyBlock);
-  return rows + (kQueryBlock + 1) * kKeyBlock;
+int64_t forward_scratch(const AttentionForward<scalar_t>& call) {
+  using acc_t = accumulate_t<scalar_t>;
+  const int64_t width = padded<acc_t>(call.width), value_width = padded<acc_t>(call.value_width);
+  const int64_t rows = call.blocking.rows * call.blocking.heads;
+  const int64_t keys = forward_key_block(call);
+  const int64_t loaded = rows * width + keys * (width + value_width);
+  const int64_t statistics = 2 * rows * padding<acc_t>;
+  return loaded + keys * call.width + rows * value_width + statistics + kMaxGemmRows * keys;
 }
 
 template <typename scalar_t>
 int64_t map_scratch(const AttentionShape<scalar_t>& shape) {
-  const int64_t tiles = (shape.query_heads + 1) * kMapQueryBlock * kMapKeyBlock;
-  return shape.width * (kMapQueryBlock + kMapKeyBlock) + tiles + kMapKeyBlock;
+  using acc_t = accumulate_t<scalar_t>;
+  const int64_t loaded = (kMapQueryBlock + kMapKeyBlock) * padded<acc_t>(shape.width);
+  return loaded + padded<acc_t>(kMapKeyBlock * shape.width) + (shape.query_heads + 1) * kMapTile;
 }
+
+// Blocks of the backward pass.
+struct BackwardBlocks {
+  int64_t queries, keys;
+
+  template <typename scalar_t>
+  explicit BackwardBlocks(const AttentionShape<scalar_t>& shape) {
+    const bool map = shape.entropy == EntropyKind::map;
+    queries = map ? kMapQueryBlock : kBackwardQueryBlock;
+    keys = map ? kMapKeyBlock : kBackwardKeyBlock;
+  }
+
+  int64_t tile() const { return queries * keys; }
+};
 
 template <typename scalar_t>
 int64_t backward_scratch(const AttentionShape<scalar_t>& shape) {
+  using acc_t = accumulate_t<scalar_t>;
   const bool map = shape.entropy == EntropyKind::map;
-  const int64_t heads = map ? shape.query_heads : 1;
-  const int64_t rows = map ? kMapQueryBlock : kQueryBlock;
-  const int64_t columns = map ? kMapKeyBlock : kKeyBlock;
-  const int64_t queries = heads * rows * (2 * shape.width + shape.value_width);
-  const int64_t keys = columns * (shape.width + shape.value_width);
-  return queries + keys + (heads + 2) * rows * columns + columns;
+  const BackwardBlocks size(shape);
+  const int64_t width = padded<acc_t>(shape.width), value_width = padded<acc_t>(shape.value_width);
+  const int64_t loaded = size.queries * (width + value_width) + size.keys * value_width;
+  const int64_t tiles = ((map ? shape.query_heads : 1) + 2) * size.tile();
+  const int64_t part = 3 * size.keys * width + 2 * size.keys * value_width;
+  return loaded + tiles + (map ? shape.key_heads : 1) * part;
 }
 
 // The kernels of one instruction set and dtype. `memory` is the thread's scratch.
@@ -114,14 +179,24 @@ template <Isa isa, typename scalar_t>
 struct AttentionKernel {
   using acc_t = accumulate_t<scalar_t>;
 
-  // task = (sample, query head, query block). Writes everything but the map entropies.
+  // task = (sample, key head, head block, row block). Writes everything but the map entropies.
   static void forward(const AttentionForward<scalar_t>& call, int64_t task, acc_t* memory);
 
   // Second pass of entropy "map": task = (sample, query block of kMapQueryBlock).
   static void map_entropy(const AttentionForward<scalar_t>& call, int64_t task, acc_t* memory);
 
-  // task = (split, sample, key head), or (split, sample) with entropy "map".
-  static void backward(const AttentionBackward<scalar_t>& call, int64_t task, acc_t* memory);
+  // task = (sample, query head): fills delta.
+  static void row_deltas(const AttentionBackward<scalar_t>& call, int64_t task);
+
+  // task = (split, sample, key head), or (split, sample) with entropy "map". Writes the gradients
+  // of the keys and values of its tiles and adds those of the queries of its heads to
+  // `grad_queries` [heads, Lq, padded D].
+  static void backward(const AttentionBackward<scalar_t>& call, int64_t task, acc_t* grad_queries,
+                       acc_t* memory);
+
+  // Writes the gradients of the queries of `heads` heads, the sum of `parts` accumulators.
+  static void store_queries(const AttentionBackward<scalar_t>& call, int64_t b, int64_t head,
+                            int64_t heads, acc_t* grad_queries, int64_t parts, int64_t part_stride);
 };
 
 }  // namespace driftar::cpu

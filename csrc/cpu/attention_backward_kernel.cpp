@@ -4,187 +4,281 @@
 //   dS_ij = p_ij (<grad_out_i, v_j> - delta_i) - w_i q_ij (log pi_ij - c_i)
 //   dQ = scale dS K,   dK = scale dS^T Q,   dV = p^T grad_out
 //
-// w_i is the gradient of the entropy times its norm (and 1 / heads for "map").
+// w_i is the gradient of the entropy times its norm (and 1 / heads for "map"). One exponential
+// serves p and q: p = q exp(entropy_lse - lse), a factor of at most 1.
 
 #include "attention_tile.h"
 
+#include <cmath>
 #include <vector>
 
 namespace driftar::cpu {
 
 namespace {
 
-// probabilities = exp(scores - lse), possibly in place; gradient, which holds <grad_out, v>,
-// becomes p (gradient - delta).
+// What the gradient of a row of scores needs: q = exp(s - shift), p = share q.
 template <typename T>
-void softmax_gradient(const T* scores, int64_t count, T lse, T delta, T* probabilities,
-                      T* gradient) {
-  if (lse == kHidden<T>) {
-    std::fill(probabilities, probabilities + count, T(0));
-    std::fill(gradient, gradient + count, T(0));
-    return;
-  }
-  const Vector<T> offset(lse), mean(delta), hidden(kHidden<T>), zero(T(0));
-  Vector<T> exponent(T(0));
-  for (int64_t i = 0; i < count; i += Vector<T>::size()) {
-    const Vector<T> p = exponential_at(scores + i, offset, exponent);
-    const Vector<T> is_hidden = Vector<T>::loadu(scores + i) == hidden;
-    const Vector<T> change = p * (Vector<T>::loadu(gradient + i) - mean);
-    // Selected rather than multiplied: the value of a hidden key may be NaN.
-    Vector<T>::blendv(change, zero, is_hidden).store(gradient + i);
-    p.store(probabilities + i);
+struct RowGradient {
+  T shift, share, delta, weight, cross;
+};
+
+// p = share q and dS = scale q (share (gradient - delta) - weight (logarithm - cross)), 0 where q
+// is: selected, since the value of a hidden key and its logarithm may be anything.
+template <typename T>
+void store_gradient(const RowGradient<T>& row, T scale, Vector<T> q, Vector<T> logarithm,
+                    T* probabilities, T* gradient) {
+  const Vector<T> share(row.share);
+  const Vector<T> pull = share * (Vector<T>::loadu(gradient) - Vector<T>(row.delta));
+  const Vector<T> bend = Vector<T>(row.weight) * (logarithm - Vector<T>(row.cross));
+  const Vector<T> change = Vector<T>(scale) * q * (pull - bend);
+  Vector<T>::blendv(change, Vector<T>(T(0)), q == Vector<T>(T(0))).store(gradient);
+  (share * q).store(probabilities);
+}
+
+// scores -> p; gradient, which holds <grad_out, v>, -> scale dS.
+template <typename T>
+void head_gradient(const RowGradient<T>& row, T scale, int64_t count, T* scores, T* gradient) {
+  const Vector<T> offset(row.shift);
+  for (int64_t j = 0; j < count; j += Vector<T>::size()) {
+    const Vector<T> exponent = Vector<T>::loadu(scores + j) - offset;
+    store_gradient(row, scale, exponential(exponent), exponent, scores + j, gradient + j);
   }
 }
 
-// gradient -= weight q (log pi - cross); `logarithms` is log pi, or null where pi = q.
+// The same from q in place of the scores, and log pi.
 template <typename T>
-void entropy_gradient(const T* scores, int64_t count, T lse, T cross, T weight, const T* logarithms,
-                      T* gradient) {
-  const Vector<T> offset(lse), center(cross), factor(weight);
-  Vector<T> exponent(T(0));
-  for (int64_t i = 0; i < count; i += Vector<T>::size()) {
-    const Vector<T> q = exponential_at(scores + i, offset, exponent);
-    const Vector<T> logarithm = logarithms == nullptr ? exponent : Vector<T>::loadu(logarithms + i);
-    (Vector<T>::loadu(gradient + i) - factor * q * (logarithm - center)).store(gradient + i);
+void map_gradient(const RowGradient<T>& row, T scale, int64_t count, const T* logarithms,
+                  T* probabilities, T* gradient) {
+  for (int64_t j = 0; j < count; j += Vector<T>::size()) {
+    store_gradient(row, scale, Vector<T>::loadu(probabilities + j),
+                   Vector<T>::loadu(logarithms + j), probabilities + j, gradient + j);
   }
 }
 
-// Turns the scores of one head's tile into probabilities and `gradient`, which holds <grad_out, v>,
-// into dS. `statistic(values)` addresses the tile's rows; `logarithms` is the head-averaged tile or
-// null.
-template <typename scalar_t, typename acc_t, typename Statistic>
-void score_gradient(const AttentionBackward<scalar_t>& call, const Tile& tile,
-                    const Statistic& statistic, const acc_t* entropy_weight, acc_t* scores,
-                    const acc_t* logarithms, acc_t* row_buffer, acc_t* gradient) {
-  const acc_t share = logarithms == nullptr ? acc_t(1) : acc_t(1) / call.query_heads;
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    acc_t* row = scores + r * tile.stride;
-    acc_t* row_gradient = gradient + r * tile.stride;
-    std::fill(row_gradient + tile.columns, row_gradient + tile.stride, acc_t(0));
-    const acc_t weight = entropy_weight == nullptr ? acc_t(0) : entropy_weight[r] * share;
-    const acc_t* counted = nullptr;
-    if (weight != acc_t(0) && statistic(call.entropy_lse)[r] != kHidden<acc_t>) {
-      counted = entropy_row(call, tile, row, row_buffer);
-    }
-    if (counted == row) {  // the scores are about to be overwritten
-      std::copy(row, row + tile.stride, row_buffer);
-      counted = row_buffer;
-    }
-    softmax_gradient(row, tile.stride, statistic(call.lse)[r], statistic(call.delta)[r], row,
-                     row_gradient);
-    if (counted != nullptr) {
-      entropy_gradient(
-          counted, tile.stride, statistic(call.entropy_lse)[r], statistic(call.entropy_cross)[r],
-          weight, logarithms == nullptr ? nullptr : logarithms + r * tile.stride, row_gradient);
-    }
+template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
+RowGradient<acc_t> row_gradient(const AttentionBackward<scalar_t>& call,
+                                const QueryBlock<scalar_t>& block, int64_t r, bool counted) {
+  const int64_t i = block.index(r);
+  const acc_t lse = call.lse[i];
+  RowGradient<acc_t> row{lse, acc_t(1), call.delta[i], acc_t(0), acc_t(0)};
+  if (counted && call.entropy_lse[i] != kHidden<acc_t>) {
+    row.shift = call.entropy_lse[i];
+    row.share = std::exp(row.shift - lse);
+    const bool map = call.entropy == EntropyKind::map;
+    row.weight = map ? call.entropy_weight[block.b * call.query_length + block.query_of(r)] /
+                           static_cast<acc_t>(call.query_heads)
+                     : call.entropy_weight[i];
+    row.cross = call.entropy_cross[i];
+  }
+  row.shift = SoftmaxStatistics<acc_t>::shift(row.shift);
+  return row;
+}
+
+// One key head's part of a tile: operands, and the gradients that gather.
+template <typename T>
+struct KeyTile {
+  Rows<T> keys;
+  Panels<T> packed_keys, packed_values;
+  bool finite;  // keys
+  T *grad_keys, *grad_values;
+};
+
+// target[j, :] += sum_i coefficients[i, j] rows[i, :], for tiles of a block whose first rows may
+// see fewer keys: row i meets the keys below seen[i].
+template <typename T>
+void accumulate_transposed(int64_t keys, int64_t width, int64_t queries, const int64_t* seen,
+                           const T* coefficients, int64_t stride, Rows<T> rows, bool guarded,
+                           T* target, int64_t target_stride) {
+  int64_t first = 0;
+  for (int64_t key = 0; key < keys; key += kGemmRows<T>) {
+    while (first < queries && seen[first] <= key) ++first;
+    accumulate(std::min(kGemmRows<T>, keys - key), width, queries - first,
+               Strided<T>{coefficients + first * stride + key, 1, stride},
+               Rows<T>{rows.at(first), rows.stride}, guarded, target + key * target_stride,
+               target_stride);
   }
 }
 
 }  // namespace
 
 template <Isa isa, typename scalar_t>
+void AttentionKernel<isa, scalar_t>::row_deltas(const AttentionBackward<scalar_t>& call,
+                                                int64_t task) {
+  const int64_t b = task / call.query_heads, h = task % call.query_heads;
+  for (int64_t i = 0; i < call.query_length; ++i) {
+    const int64_t index = task * call.query_length + i;
+    const scalar_t* out = call.out + index * call.value_width;
+    const scalar_t* grad = call.grad_out.at(b, h, i);
+    acc_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < call.value_width; ++c) {
+      sum += static_cast<acc_t>(out[c]) * static_cast<acc_t>(grad[c * call.grad_out.column]);
+    }
+    call.delta[index] = sum - call.grad_lse[index];
+  }
+}
+
+template <Isa isa, typename scalar_t>
 void AttentionKernel<isa, scalar_t>::backward(const AttentionBackward<scalar_t>& call, int64_t task,
-                                              acc_t* memory) {
+                                              acc_t* grad_queries, acc_t* memory) {
   const bool map = call.entropy == EntropyKind::map;
   const int64_t group = call.query_heads / call.key_heads;
   const int64_t units = map ? 1 : call.key_heads;
   const int64_t split = task / (call.batch * units);
   const int64_t b = task / units % call.batch;
-  const int64_t first_head = map ? 0 : task % units * group;
-  const int64_t last_head = map ? call.query_heads : first_head + group;
+  const int64_t first_key_head = map ? 0 : task % units;
+  const int64_t key_heads = map ? call.key_heads : 1;
+  const int64_t heads = key_heads * group;
   // Heads whose tiles are needed together: all of them for the head-averaged map.
-  const int64_t together = map ? call.query_heads : 1;
-  const int64_t row_block = map ? kMapQueryBlock : kQueryBlock;
-  const int64_t column_block = map ? kMapKeyBlock : kKeyBlock;
-  const int64_t tile_size = row_block * column_block;
-  const int64_t query_size = row_block * call.width;
-  const int64_t out_size = row_block * call.value_width;
+  const int64_t together = map ? heads : 1;
+  const BackwardBlocks size(call);
+  const int64_t row_block = size.queries, key_block = size.keys;
+  const int64_t width = whole_vectors<acc_t>(call.width);
+  const int64_t value_width = whole_vectors<acc_t>(call.value_width);
+  const int64_t stride = padded<acc_t>(call.width);
+  const int64_t value_stride = padded<acc_t>(call.value_width);
 
   Scratch<acc_t> scratch{memory};
-  acc_t* query_buffer = scratch.take(together * query_size);
-  acc_t* grad_query = scratch.take(together * query_size);
-  acc_t* grad_out_buffer = scratch.take(together * out_size);
-  acc_t* key_buffer = scratch.take(column_block * call.width);
-  acc_t* value_buffer = scratch.take(column_block * call.value_width);
-  acc_t* scores = scratch.take(together * tile_size);
-  acc_t* gradient = scratch.take(tile_size);
-  acc_t* average = scratch.take(tile_size);
-  acc_t* row_buffer = scratch.take(column_block);
-  std::vector<Rows<acc_t>> queries(together), grad_out(together);
+  acc_t* query_buffer = scratch.take(row_block * stride);
+  acc_t* grad_out_buffer = scratch.take(row_block * value_stride);
+  acc_t* value_buffer = scratch.take(key_block * value_stride);
+  acc_t* scores = scratch.take(together * size.tile());
+  acc_t* gradient = scratch.take(size.tile());
+  acc_t* average = scratch.take(size.tile());
+  std::vector<KeyTile<acc_t>> parts(key_heads);
 
-  const auto load_keys = [&](int64_t h, const Tile& tile) {
-    return load_rows(call.key, b, h / group, tile.column, tile.columns, call.width, acc_t(1),
-                     key_buffer);
+  const auto load_keys = [&](const Tile& tile) {
+    Scratch<acc_t> pieces = scratch;
+    for (int64_t k = 0; k < key_heads; ++k) {
+      KeyTile<acc_t>& part = parts[k];
+      const int64_t head = first_key_head + k;
+      part.keys = load_rows(call.key, b, head, tile.column, tile.columns, call.width,
+                            pieces.take(key_block * stride));
+      const Rows<acc_t> values =
+          load_rows(call.value, b, head, tile.column, tile.columns, call.value_width, value_buffer);
+      part.packed_keys = pack_transposed(part.keys, tile.columns, call.width, call.scale,
+                                         pieces.take(key_block * call.width));
+      part.packed_values = pack_transposed(values, tile.columns, call.value_width, acc_t(1),
+                                           pieces.take(key_block * call.value_width));
+      part.finite = all_finite(part.keys, tile.columns, width);
+      part.grad_keys = pieces.take(key_block * stride);
+      part.grad_values = pieces.take(key_block * value_stride);
+      std::fill(part.grad_keys, part.grad_keys + tile.columns * stride, acc_t(0));
+      std::fill(part.grad_values, part.grad_values + tile.columns * value_stride, acc_t(0));
+    }
   };
 
-  const auto rows_of_block = [&](int64_t head, int64_t row, int64_t rows) {
-    const auto row_of = [&](int64_t h) {
-      return (b * call.query_heads + h) * call.query_length + row;
-    };
-    for (int64_t k = 0; k < together; ++k) {
-      queries[k] = load_rows(call.query, b, head + k, row, rows, call.width, call.scale,
-                             query_buffer + k * query_size);
-      grad_out[k] = load_rows(call.grad_out, b, head + k, row, rows, call.value_width, acc_t(1),
-                              grad_out_buffer + k * out_size);
-    }
-    std::fill(grad_query, grad_query + together * query_size, acc_t(0));
-
-    for_each_tile(call, b, row, rows, column_block, [&](const Tile& tile) {
-      std::fill(average, average + rows * tile.stride, acc_t(0));
-      for (int64_t k = 0; k < together; ++k) {
-        const int64_t h = head + k;
-        score_tile(call, b, h, tile, queries[k], load_keys(h, tile), scores + k * tile_size);
-        if (map) {
-          add_probabilities(call, tile, call.entropy_lse + row_of(h), scores + k * tile_size,
-                            row_buffer, average);
+  // Takes one head's block through a tile; its scores are q already when there is a map.
+  const auto differentiate = [&](const QueryBlock<scalar_t>& block, const Tile& tile, bool counted,
+                                 const acc_t* logarithms, acc_t* tile_scores) {
+    const KeyTile<acc_t>& part = parts[block.key_head() - first_key_head];
+    const Rows<acc_t> queries = block.load(call.query, call.width, query_buffer);
+    const Rows<acc_t> grad_out = block.load(call.grad_out, call.value_width, grad_out_buffer);
+    const bool partial = is_partial(block, tile);
+    acc_t* grad_query =
+        grad_queries +
+        ((block.head - first_key_head * group) * call.query_length + block.row) * stride;
+    int64_t seen[kBackwardQueryBlock] = {};
+    for_each_strip(block, tile, [&](const Strip& strip) {
+      acc_t* strip_scores = tile_scores + strip.first * key_block;
+      acc_t* strip_gradient = gradient + strip.first * key_block;
+      const int64_t count = whole_vectors<acc_t>(strip.columns);
+      if (logarithms == nullptr) {
+        score_products(block, strip, queries, part.packed_keys, strip_scores, key_block);
+        hide_keys(block, tile, strip, strip_scores, key_block);
+      }
+      multiply(strip.rows, count, call.value_width, acc_t(1),
+               Strided<acc_t>{grad_out.at(strip.first), grad_out.stride, 1}, part.packed_values,
+               acc_t(0), strip_gradient, key_block);
+      for (int64_t r = 0; r < strip.rows; ++r) {
+        const RowGradient<acc_t> row = row_gradient(call, block, strip.first + r, counted);
+        acc_t* row_scores = strip_scores + r * key_block;
+        acc_t* row_gradient = strip_gradient + r * key_block;
+        if (logarithms == nullptr) {
+          head_gradient(row, call.scale, count, row_scores, row_gradient);
+        } else {
+          map_gradient(row, call.scale, count, logarithms + (strip.first + r) * key_block,
+                       row_scores, row_gradient);
         }
+        // The transposed products take a few keys beyond the last visible one.
+        const int64_t reach = std::min(strip.columns + kGemmRows<acc_t>, key_block);
+        if (reach > count) {
+          std::fill(row_scores + count, row_scores + reach, acc_t(0));
+          std::fill(row_gradient + count, row_gradient + reach, acc_t(0));
+        }
+        seen[strip.first + r] = strip.columns;
       }
-      if (map) row_logarithm(average, rows * tile.stride);
-
-      for (int64_t k = 0; k < together; ++k) {
-        const int64_t h = head + k;
-        const int64_t key_head = h / group;
-        acc_t* head_scores = scores + k * tile_size;
-        const Rows<acc_t> keys = load_keys(h, tile);
-        const Rows<acc_t> values = load_rows(call.value, b, key_head, tile.column, tile.columns,
-                                             call.value_width, acc_t(1), value_buffer);
-        gemm<acc_t>(Layout::normal, Layout::transposed, rows, tile.columns, call.value_width,
-                    acc_t(1), grad_out[k].data, grad_out[k].stride, values.data, values.stride,
-                    acc_t(0), gradient, tile.stride);
-        const auto statistic = [&](const acc_t* values) { return values + row_of(h); };
-        const acc_t* weight = call.entropy == EntropyKind::none ? nullptr
-                              : map ? call.entropy_weight + b * call.query_length + row
-                                    : call.entropy_weight + row_of(h);
-        score_gradient(call, tile, statistic, weight, head_scores, map ? average : nullptr,
-                       row_buffer, gradient);
-
-        const int64_t slice = (split * call.batch + b) * call.key_heads + key_head;
-        const int64_t key_row = slice * call.key_length + tile.column;
-        accumulate(tile, Layout::normal, rows, call.width, tile.columns, call.scale, gradient, keys,
-                   grad_query + k * query_size, call.width);
-        // The queries already carry the scale.
-        accumulate(tile, Layout::transposed, tile.columns, call.width, rows, acc_t(1), gradient,
-                   queries[k], call.grad_key + key_row * call.width, call.width);
-        accumulate(tile, Layout::transposed, tile.columns, call.value_width, rows, acc_t(1),
-                   head_scores, grad_out[k], call.grad_value + key_row * call.value_width,
-                   call.value_width);
-      }
+      accumulate(strip.rows, width, strip.columns, {strip_gradient, key_block, 1}, part.keys,
+                 partial && !part.finite, grad_query + strip.first * stride, stride);
     });
+    accumulate_transposed(tile.columns, width, block.rows, seen, gradient, key_block, queries,
+                          partial && !all_finite(queries, block.rows, width), part.grad_keys,
+                          stride);
+    accumulate_transposed(tile.columns, value_width, block.rows, seen, tile_scores, key_block,
+                          grad_out, partial && !all_finite(grad_out, block.rows, value_width),
+                          part.grad_values, value_stride);
+  };
 
-    for (int64_t k = 0; k < together; ++k) {
-      const acc_t* source = grad_query + k * query_size;
-      scalar_t* target = call.grad_query + row_of(head + k) * call.width;
-      for (int64_t i = 0; i < rows * call.width; ++i) target[i] = static_cast<scalar_t>(source[i]);
+  const auto process = [&](const Tile& tile, bool counted) {
+    load_keys(tile);
+    for (int64_t row = 0; row < call.query_length; row += row_block) {
+      const int64_t rows = std::min(row_block, call.query_length - row);
+      if (visible_end(call, b, row + rows - 1) <= tile.column) continue;
+      const auto block_of = [&](int64_t k) {
+        return QueryBlock<scalar_t>{call, b, first_key_head * group + k, 1, row, rows};
+      };
+      const bool mapped = map && counted;
+      if (mapped) {
+        std::fill(average, average + rows * key_block, acc_t(0));
+        for (int64_t k = 0; k < heads; ++k) {
+          const QueryBlock<scalar_t> block = block_of(k);
+          map_probabilities(block, tile, call.entropy_lse + block.index(0),
+                            block.load(call.query, call.width, query_buffer),
+                            parts[k / group].packed_keys, key_block, scores + k * size.tile(),
+                            average);
+        }
+        row_logarithm(average, rows * key_block);
+      }
+      for (int64_t k = 0; k < heads; ++k) {
+        differentiate(block_of(k), tile, counted, mapped ? average : nullptr,
+                      scores + k % together * size.tile());
+      }
+    }
+    for (int64_t k = 0; k < key_heads; ++k) {
+      const int64_t first = (b * call.key_heads + first_key_head + k) * call.key_length;
+      store_rows(parts[k].grad_keys, stride, tile.columns, call.width,
+                 call.grad_key + (first + tile.column) * call.width);
+      store_rows(parts[k].grad_values, value_stride, tile.columns, call.value_width,
+                 call.grad_value + (first + tile.column) * call.value_width);
     }
   };
 
-  for (int64_t head = first_head; head < last_head; head += together) {
-    for (int64_t block = split; block < blocks(call.query_length, row_block);
-         block += call.splits) {
-      const int64_t row = block * row_block;
-      rows_of_block(head, row, std::min(row_block, call.query_length - row));
+  // Tiles lie on one side of entropy_from.
+  const int64_t from =
+      call.entropy == EntropyKind::none ? 0 : std::min(call.entropy_from, call.key_length);
+  int64_t turn = 0;
+  for (const auto& [first, last, counted] :
+       {std::tuple{int64_t{0}, from, false},
+        std::tuple{from, call.key_length, call.entropy != EntropyKind::none}}) {
+    for (int64_t column = first; column < last; column += key_block) {
+      if (turn++ % call.splits != split) continue;
+      process(Tile{column, std::min(key_block, last - column)}, counted);
     }
   }
+}
+
+template <Isa isa, typename scalar_t>
+void AttentionKernel<isa, scalar_t>::store_queries(const AttentionBackward<scalar_t>& call,
+                                                   int64_t b, int64_t head, int64_t heads,
+                                                   acc_t* grad_queries, int64_t parts,
+                                                   int64_t part_stride) {
+  const int64_t stride = padded<acc_t>(call.width), rows = heads * call.query_length;
+  for (int64_t part = 1; part < parts; ++part) {
+    const acc_t* other = grad_queries + part * part_stride;
+    for (int64_t i = 0; i < rows * stride; ++i) grad_queries[i] += other[i];
+  }
+  store_rows(grad_queries, stride, rows, call.width,
+             call.grad_query + (b * call.query_heads + head) * call.query_length * call.width);
 }
 
 template struct AttentionKernel<Isa::DRIFTAR_ISA, float>;

@@ -1,5 +1,7 @@
 #include "attention_tile.h"
 
+#include <cmath>
+
 namespace driftar::cpu {
 
 namespace {
@@ -32,90 +34,169 @@ acc_t entropy_norm(int64_t support, bool normalize) {
   return normalize ? acc_t(1) / std::log(static_cast<acc_t>(support)) : acc_t(1);
 }
 
-// Adds a block of scores to a row's statistics; writes exp(score - maximum) to `out` unless it is
-// null. Returns the factor by which sums weighted with earlier exponentials must shrink.
-template <typename acc_t>
-acc_t absorb(SoftmaxStatistics<acc_t>& statistics, const acc_t* row, int64_t stride, acc_t* out) {
-  using Statistics = SoftmaxStatistics<acc_t>;
-  const acc_t maximum = Statistics::larger(statistics.maximum, row_maximum(row, stride));
-  const acc_t factor = statistics.raise(maximum);
-  acc_t total, moment;
-  row_exponentials(row, stride, Statistics::shift(maximum), out, total, moment);
-  statistics.add(total, moment);
-  return factor;
-}
+// SoftmaxStatistics of every row of a block, with the sums spread over the lanes of a vector.
+template <typename T>
+struct BlockStatistics {
+  T maximum[kQueryBlock];
+  T* totals;   // [rows, vector]
+  T* moments;  // [rows, vector]
+
+  static constexpr int64_t lanes = Vector<T>::size();
+
+  void clear(int64_t rows) {
+    std::fill(maximum, maximum + rows, kHidden<T>);
+    std::fill(totals, totals + rows * lanes, T(0));
+    std::fill(moments, moments + rows * lanes, T(0));
+  }
+
+  // Takes in the scores of row r and turns them into exp(score - maximum). `out`, the row's sum of
+  // values weighted with earlier exponentials, shrinks with them when the maximum rises.
+  void absorb(int64_t r, T* scores, int64_t count, T* out, int64_t out_count) {
+    Vector<T> total = Vector<T>::loadu(totals + r * lanes);
+    Vector<T> moment = Vector<T>::loadu(moments + r * lanes);
+    const Vector<T> maxima = row_maxima(scores, count);
+    if (!all_at_most(maxima, maximum[r])) {
+      SoftmaxStatistics<T> unit{maximum[r], T(1), T(0)};
+      const T factor = unit.raise(SoftmaxStatistics<T>::larger(maximum[r], maximum_of(maxima)));
+      maximum[r] = unit.maximum;
+      // raise() moved a total of 1 and a moment of 0.
+      moment = at::vec::fmadd(moment, Vector<T>(factor), total * Vector<T>(unit.moment));
+      total = total * Vector<T>(factor);
+      for (int64_t c = 0; c < out_count; c += lanes) {
+        (Vector<T>::loadu(out + c) * Vector<T>(factor)).store(out + c);
+      }
+    }
+    absorb_exponentials(scores, count, SoftmaxStatistics<T>::shift(maximum[r]), total, moment);
+    total.store(totals + r * lanes);
+    moment.store(moments + r * lanes);
+  }
+
+  SoftmaxStatistics<T> row(int64_t r) const {
+    return {maximum[r], sum_of(Vector<T>::loadu(totals + r * lanes)),
+            sum_of(Vector<T>::loadu(moments + r * lanes))};
+  }
+};
 
 }  // namespace
 
 template <Isa isa, typename scalar_t>
 void AttentionKernel<isa, scalar_t>::forward(const AttentionForward<scalar_t>& call, int64_t task,
                                              acc_t* memory) {
-  const int64_t row_blocks = blocks(call.query_length, kQueryBlock);
-  const int64_t row = task % row_blocks * kQueryBlock;
-  const int64_t h = task / row_blocks % call.query_heads;
-  const int64_t b = task / row_blocks / call.query_heads;
-  const int64_t key_head = h / (call.query_heads / call.key_heads);
-  const int64_t rows = std::min(kQueryBlock, call.query_length - row);
+  const QueryBlocking& blocking = call.blocking;
+  const int64_t group = call.query_heads / call.key_heads;
+  const int64_t row = task % blocking.row_blocks * blocking.rows;
+  task /= blocking.row_blocks;
+  const int64_t head_in_group = task % blocking.head_blocks * blocking.heads;
+  task /= blocking.head_blocks;
+  const int64_t key_head = task % call.key_heads, b = task / call.key_heads;
+  const QueryBlock<scalar_t> block{call,
+                                   b,
+                                   key_head * group + head_in_group,
+                                   std::min(blocking.heads, group - head_in_group),
+                                   row,
+                                   std::min(blocking.rows, call.query_length - row)};
+  const int64_t rows = block.count();
+  const int64_t width = whole_vectors<acc_t>(call.width);
+  const int64_t value_width = whole_vectors<acc_t>(call.value_width);
+  const int64_t out_stride = padded<acc_t>(call.value_width);
+  const int64_t key_block = forward_key_block(call);
 
   Scratch<acc_t> scratch{memory};
-  acc_t* query_buffer = scratch.take(kQueryBlock * call.width);
-  acc_t* key_buffer = scratch.take(kKeyBlock * call.width);
-  acc_t* value_buffer = scratch.take(kKeyBlock * call.value_width);
-  acc_t* out = scratch.take(kQueryBlock * call.value_width);
-  acc_t* scores = scratch.take(kQueryBlock * kKeyBlock);
-  acc_t* row_buffer = scratch.take(kKeyBlock);
+  acc_t* query_buffer = scratch.take(rows * padded<acc_t>(call.width));
+  acc_t* key_buffer = scratch.take(key_block * padded<acc_t>(call.width));
+  acc_t* value_buffer = scratch.take(key_block * out_stride);
+  acc_t* packed = scratch.take(key_block * call.width);
+  acc_t* scores = scratch.take(kGemmRows<acc_t> * key_block);
+  acc_t* out = scratch.take(rows * out_stride);
+  BlockStatistics<acc_t> statistics;
+  statistics.totals = scratch.take(rows * statistics.lanes);
+  statistics.moments = scratch.take(rows * statistics.lanes);
+  statistics.clear(rows);
+  std::fill(out, out + rows * out_stride, acc_t(0));
 
-  // With entropy_from > 0 the entropy set differs from the visible set and keeps statistics of its
-  // own.
+  const bool few = rows <= kDotRows;
   const bool wants_entropy = call.entropy != EntropyKind::none;
-  const bool separate = wants_entropy && call.entropy_from > 0;
   const bool counts = wants_entropy && call.visibility.mask != nullptr;
-  SoftmaxStatistics<acc_t> visible[kQueryBlock], member[kQueryBlock];
   int64_t support[kQueryBlock] = {};
-  std::fill(out, out + rows * call.value_width, acc_t(0));
+  SoftmaxStatistics<acc_t> counted[kQueryBlock];
 
-  const Rows<acc_t> queries =
-      load_rows(call.query, b, h, row, rows, call.width, call.scale, query_buffer);
-  for_each_tile(call, b, row, rows, kKeyBlock, [&](const Tile& tile) {
-    const Rows<acc_t> keys = load_rows(call.key, b, key_head, tile.column, tile.columns, call.width,
-                                       acc_t(1), key_buffer);
-    const Rows<acc_t> values = load_rows(call.value, b, key_head, tile.column, tile.columns,
-                                         call.value_width, acc_t(1), value_buffer);
-    score_tile(call, b, h, tile, queries, keys, scores);
-    for (int64_t r = 0; r < rows; ++r) {
-      acc_t* row_scores = scores + r * tile.stride;
-      const acc_t* counted =
-          separate || counts ? entropy_row(call, tile, row_scores, row_buffer) : nullptr;
-      if (counts && counted != nullptr) support[r] += count_visible(counted, tile.columns);
-      if (separate && counted != nullptr) absorb(member[r], counted, tile.stride, (acc_t*)nullptr);
-      const acc_t factor = absorb(visible[r], row_scores, tile.stride, row_scores);
-      if (factor != acc_t(1)) row_scale(out + r * call.value_width, call.value_width, factor);
+  const Rows<acc_t> queries = block.load(call.query, call.width, query_buffer);
+  const auto absorb_keys = [&](int64_t first, int64_t last) {
+    for (int64_t column = first; column < last; column += key_block) {
+      const Tile tile{column, std::min(key_block, last - column)};
+      const Rows<acc_t> keys =
+          load_rows(call.key, b, key_head, column, tile.columns, call.width, key_buffer);
+      const Rows<acc_t> values =
+          load_rows(call.value, b, key_head, column, tile.columns, call.value_width, value_buffer);
+      // The values, and later the next keys, are asked for in portions, so that they travel while
+      // there is something to compute.
+      for (int64_t c = 0; c < tile.columns; c += kGemmColumns<acc_t>) {
+        const int64_t count = std::min(kGemmColumns<acc_t>, tile.columns - c);
+        prefetch(values.from(c), count, value_width);
+        if (few) {
+          dot_products(rows, count, width, call.scale, queries, keys.from(c), scores + c,
+                       key_block);
+        } else {
+          pack_transposed(keys.from(c), count, call.width, call.scale, packed + c * call.width);
+        }
+      }
+      const int64_t coming =
+          keys.data == key_buffer ? 0 : std::min(last - column - tile.columns, key_block);
+      const int64_t portion = (coming + rows - 1) / rows;
+      const bool guarded =
+          is_partial(block, tile) && !all_finite(values, tile.columns, value_width);
+      for_each_strip(block, tile, [&](const Strip& strip) {
+        const int64_t next = strip.first + strip.rows;
+        prefetch(queries.from(next), std::min(kGemmRows<acc_t>, rows - next), width);
+        if (!few) {
+          score_products(block, strip, queries, packed_panels(packed, call.width), scores,
+                         key_block);
+        }
+        hide_keys(block, tile, strip, scores, key_block);
+        for (int64_t r = 0; r < strip.rows; ++r) {
+          acc_t* row_scores = scores + r * key_block;
+          acc_t* row_out = out + (strip.first + r) * out_stride;
+          const int64_t ahead = (strip.first + r) * portion;
+          prefetch(keys.from(tile.columns + ahead), std::min(portion, coming - ahead), width);
+          if (counts && column >= call.entropy_from) {
+            support[strip.first + r] += count_visible(row_scores, strip.columns);
+          }
+          statistics.absorb(strip.first + r, row_scores, whole_vectors<acc_t>(strip.columns),
+                            row_out, value_width);
+        }
+        accumulate(strip.rows, value_width, strip.columns, {scores, key_block, 1}, values, guarded,
+                   out + strip.first * out_stride, out_stride);
+      });
     }
-    accumulate(tile, Layout::normal, rows, call.value_width, tile.columns, acc_t(1), scores, values,
-               out, call.value_width);
-  });
+  };
+
+  // The keys that count for the entropy come first: their statistics are those of all keys so far.
+  const int64_t end = visible_end(call, b, row + block.rows - 1);
+  const int64_t from = wants_entropy ? std::min(call.entropy_from, end) : 0;
+  absorb_keys(from, end);
+  for (int64_t r = 0; r < rows; ++r) counted[r] = statistics.row(r);
+  absorb_keys(0, from);
 
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t i = (b * call.query_heads + h) * call.query_length + row + r;
-    const SoftmaxStatistics<acc_t>& all = visible[r];
+    const int64_t i = block.index(r);
+    const SoftmaxStatistics<acc_t> all = from > 0 ? statistics.row(r) : counted[r];
     const acc_t inverse = all.empty() ? acc_t(0) : acc_t(1) / all.total;
     scalar_t* target = call.out + i * call.value_width;
     for (int64_t c = 0; c < call.value_width; ++c) {
-      target[c] = static_cast<scalar_t>(out[r * call.value_width + c] * inverse);
+      target[c] = static_cast<scalar_t>(out[r * out_stride + c] * inverse);
     }
     call.lse[i] = all.lse();
     call.max_score[i] = all.maximum;
     if (!wants_entropy) continue;
-    const SoftmaxStatistics<acc_t>& counted = separate ? member[r] : all;
-    call.entropy_lse[i] = counted.lse();
-    const int64_t size = counts ? support[r] : support_size(call, b, row + r);
+    call.entropy_lse[i] = counted[r].lse();
+    const int64_t size = counts ? support[r] : support_size(call, b, block.query_of(r));
     if (call.entropy == EntropyKind::map) {
       // Support per head, for the second pass to reduce.
       call.entropy_cross[i] = static_cast<acc_t>(size);
       continue;
     }
     const acc_t norm = entropy_norm<acc_t>(size, call.normalize);
-    const acc_t entropy = counted.entropy();
+    const acc_t entropy = counted[r].entropy();
     call.entropy_norm[i] = norm;
     call.entropy_cross[i] = -entropy;
     call.entropy_out[i] = entropy * norm;
@@ -129,16 +210,14 @@ void AttentionKernel<isa, scalar_t>::map_entropy(const AttentionForward<scalar_t
   const int64_t row = task % row_blocks * kMapQueryBlock;
   const int64_t b = task / row_blocks;
   const int64_t heads = call.query_heads;
-  const int64_t group = heads / call.key_heads;
   const int64_t rows = std::min(kMapQueryBlock, call.query_length - row);
-  const int64_t tile_size = kMapQueryBlock * kMapKeyBlock;
 
   Scratch<acc_t> scratch{memory};
-  acc_t* query_buffer = scratch.take(kMapQueryBlock * call.width);
-  acc_t* key_buffer = scratch.take(kMapKeyBlock * call.width);
-  acc_t* tiles = scratch.take(heads * tile_size);
-  acc_t* average = scratch.take(tile_size);
-  acc_t* row_buffer = scratch.take(kMapKeyBlock);
+  acc_t* query_buffer = scratch.take(kMapQueryBlock * padded<acc_t>(call.width));
+  acc_t* key_buffer = scratch.take(kMapKeyBlock * padded<acc_t>(call.width));
+  acc_t* packed = scratch.take(kMapKeyBlock * call.width);
+  acc_t* tiles = scratch.take(heads * kMapTile);
+  acc_t* average = scratch.take(kMapTile);
 
   const auto statistic = [&](acc_t* values, int64_t h) {
     return values + (b * heads + h) * call.query_length + row;
@@ -152,38 +231,35 @@ void AttentionKernel<isa, scalar_t>::map_entropy(const AttentionForward<scalar_t
     for (int64_t h = 0; h < heads; ++h) statistic(call.entropy_cross, h)[r] = acc_t(0);
   }
 
-  for_each_tile(call, b, row, rows, kMapKeyBlock, [&](const Tile& tile) {
-    if (tile.column + tile.columns <= call.entropy_from) return;
-    std::fill(average, average + rows * tile.stride, acc_t(0));
+  const int64_t end = visible_end(call, b, row + rows - 1);
+  for (int64_t column = call.entropy_from; column < end; column += kMapKeyBlock) {
+    const Tile tile{column, std::min(kMapKeyBlock, end - column)};
+    std::fill(average, average + rows * kMapKeyBlock, acc_t(0));
     for (int64_t h = 0; h < heads; ++h) {
-      const Rows<acc_t> queries =
-          load_rows(call.query, b, h, row, rows, call.width, call.scale, query_buffer);
-      const Rows<acc_t> keys = load_rows(call.key, b, h / group, tile.column, tile.columns,
-                                         call.width, acc_t(1), key_buffer);
-      acc_t* scores = tiles + h * tile_size;
-      score_tile(call, b, h, tile, queries, keys, scores);
-      add_probabilities(call, tile, statistic(call.entropy_lse, h), scores, row_buffer, average);
+      const QueryBlock<scalar_t> block{call, b, h, 1, row, rows};
+      const Rows<acc_t> keys =
+          load_rows(call.key, b, block.key_head(), column, tile.columns, call.width, key_buffer);
+      map_probabilities(block, tile, statistic(call.entropy_lse, h),
+                        block.load(call.query, call.width, query_buffer),
+                        pack_transposed(keys, tile.columns, call.width, call.scale, packed),
+                        kMapKeyBlock, tiles + h * kMapTile, average);
     }
-    row_logarithm(average, rows * tile.stride);
+    row_logarithm(average, rows * kMapKeyBlock);
     // sum_j p_hj log pbar_j; the mean over the heads is sum_j pbar_j log pbar_j = -H.
     for (int64_t h = 0; h < heads; ++h) {
       for (int64_t r = 0; r < rows; ++r) {
-        const acc_t lse = statistic(call.entropy_lse, h)[r];
-        const acc_t* scores =
-            entropy_row(call, tile, tiles + h * tile_size + r * tile.stride, row_buffer);
-        if (lse == kHidden<acc_t>) continue;
+        const int64_t start = r * kMapKeyBlock;
         statistic(call.entropy_cross, h)[r] +=
-            row_dot_exponentials(scores, tile.stride, lse, average + r * tile.stride);
+            row_dot(tiles + h * kMapTile + start, average + start, kMapKeyBlock);
       }
     }
-  });
+  }
 
   for (int64_t r = 0; r < rows; ++r) {
     acc_t sum = 0;
     for (int64_t h = 0; h < heads; ++h) sum += statistic(call.entropy_cross, h)[r];
     const int64_t i = b * call.query_length + row + r;
-    const acc_t entropy =
-        heads == 0 ? acc_t(0) : std::max(-sum / static_cast<acc_t>(heads), acc_t(0));
+    const acc_t entropy = std::max(-sum / static_cast<acc_t>(heads), acc_t(0));
     call.entropy_out[i] = (sum != sum ? sum : entropy) * call.entropy_norm[i];
   }
 }

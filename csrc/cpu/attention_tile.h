@@ -11,7 +11,6 @@
 #include "../common/tree_layout.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <type_traits>
 
@@ -21,13 +20,13 @@ namespace {
 template <typename T>
 constexpr T kHidden = -std::numeric_limits<T>::infinity();
 
-// Hands out consecutive pieces of a thread's scratch.
+// Hands out consecutive pieces of a thread's scratch, each of whole cache lines.
 template <typename T>
 struct Scratch {
   T* next;
   T* take(int64_t count) {
     T* piece = next;
-    next += count;
+    next += padded<T>(count);
     return piece;
   }
 };
@@ -36,34 +35,88 @@ template <typename T>
 struct Rows {
   const T* data;
   int64_t stride;
+
+  const T* at(int64_t r) const { return data + r * stride; }
+  Rows from(int64_t r) const { return {at(r), stride}; }
 };
 
-// Rows [first, first + count) of one head times `factor`: in place when that is possible, else in
-// `buffer`.
+// `count` rows of one head from `first` on into `buffer`, whose rows are padded with zeros.
 template <typename scalar_t, typename acc_t>
-Rows<acc_t> load_rows(const Operand<const scalar_t>& x, int64_t b, int64_t h, int64_t first,
-                      int64_t count, int64_t width, acc_t factor, acc_t* buffer) {
+Rows<acc_t> copy_rows(const Operand<const scalar_t>& x, int64_t b, int64_t h, int64_t first,
+                      int64_t count, int64_t width, acc_t* buffer) {
   const scalar_t* source = x.at(b, h, first);
-  if constexpr (std::is_same_v<scalar_t, acc_t>) {
-    if (factor == acc_t(1) && x.column == 1 && x.row >= width) return {source, x.row};
-  }
+  const int64_t stride = padded<acc_t>(width);
   for (int64_t r = 0; r < count; ++r) {
     const scalar_t* row = source + r * x.row;
-    acc_t* target = buffer + r * width;
+    acc_t* target = buffer + r * stride;
     if (x.column == 1) {
-      for (int64_t c = 0; c < width; ++c) target[c] = factor * static_cast<acc_t>(row[c]);
+      for (int64_t c = 0; c < width; ++c) target[c] = static_cast<acc_t>(row[c]);
+    } else if (x.column == 0) {  // expanded, as the gradient of a sum is
+      std::fill(target, target + width, static_cast<acc_t>(row[0]));
     } else {
-      for (int64_t c = 0; c < width; ++c)
-        target[c] = factor * static_cast<acc_t>(row[c * x.column]);
+      for (int64_t c = 0; c < width; ++c) target[c] = static_cast<acc_t>(row[c * x.column]);
     }
+    std::fill(target + width, target + stride, acc_t(0));
   }
-  return {buffer, width};
+  return {buffer, stride};
 }
 
+// The same, but in place where whole vectors can be read.
+template <typename scalar_t, typename acc_t>
+Rows<acc_t> load_rows(const Operand<const scalar_t>& x, int64_t b, int64_t h, int64_t first,
+                      int64_t count, int64_t width, acc_t* buffer) {
+  if constexpr (std::is_same_v<scalar_t, acc_t>) {
+    if (x.column == 1 && width % Vector<acc_t>::size() == 0) return {x.at(b, h, first), x.row};
+  }
+  return copy_rows(x, b, h, first, count, width, buffer);
+}
+
+// Rows as the transposed right operand of a product, times `factor`.
+template <typename T>
+Panels<T> pack_transposed(Rows<T> rows, int64_t count, int64_t width, T factor, T* packed) {
+  return pack(Strided<T>{rows.data, 1, rows.stride}, width, count, factor, packed);
+}
+
+// `rows` consecutive queries of each of `heads` neighbouring heads that share a key head, numbered
+// head by head.
+template <typename scalar_t>
+struct QueryBlock {
+  const AttentionShape<scalar_t>& shape;
+  int64_t b, head, heads, row, rows;
+
+  int64_t count() const { return heads * rows; }
+  int64_t key_head() const { return head / (shape.query_heads / shape.key_heads); }
+  int64_t head_of(int64_t r) const { return heads == 1 ? head : head + r / rows; }
+  int64_t query_of(int64_t r) const { return row + (heads == 1 ? r : r % rows); }
+  // The block's rows of query or of the gradient of out.
+  Rows<accumulate_t<scalar_t>> load(const Operand<const scalar_t>& x, int64_t width,
+                                    accumulate_t<scalar_t>* buffer) const {
+    if (heads == 1 || x.head == rows * x.row) {
+      return load_rows(x, b, head, row, count(), width, buffer);
+    }
+    Rows<accumulate_t<scalar_t>> result{};
+    for (int64_t h = heads - 1; h >= 0; --h) {
+      result = copy_rows(x, b, head + h, row, rows, width,
+                         buffer + h * rows * padded<accumulate_t<scalar_t>>(width));
+    }
+    return result;
+  }
+  // Position of row r in the statistics [B, Hq, Lq].
+  int64_t index(int64_t r) const {
+    return (b * shape.query_heads + head_of(r)) * shape.query_length + query_of(r);
+  }
+};
+
+// Consecutive keys, and the queries that meet them.
 struct Tile {
-  int64_t row, rows, column, columns;
-  int64_t stride;  // columns, padded
-  bool partial;    // whether some query of the tile does not see some key of it
+  int64_t column, columns;
+};
+
+// Neighbouring rows of a block, which the matrix products take together.
+struct Strip {
+  int64_t first, rows;
+  int64_t columns;  // of the tile, seen by some row
+  bool partial;     // whether some row does not see some of them
 };
 
 // One past the last key that query i may see; it never decreases with i.
@@ -83,19 +136,31 @@ const uint64_t* ancestor_row(const AttentionShape<scalar_t>& shape, int64_t b, i
   return v.ancestors + (b * v.ancestors_batch * nodes + i) * ancestor_words(nodes);
 }
 
-// Calls body(tile) for every tile of key columns that the queries [row, row + rows) can see.
+// Calls body(strip) for the strips of a block that see some key of the tile.
 template <typename scalar_t, typename Body>
-void for_each_tile(const AttentionShape<scalar_t>& shape, int64_t b, int64_t row, int64_t rows,
-                   int64_t key_block, Body&& body) {
+void for_each_strip(const QueryBlock<scalar_t>& block, const Tile& tile, Body&& body) {
   using acc_t = accumulate_t<scalar_t>;
-  const Visibility& v = shape.visibility;
-  const int64_t end = visible_end(shape, b, row + rows - 1);
-  const int64_t seen_by_all = v.ancestors != nullptr ? v.key_length[b] : visible_end(shape, b, row);
-  for (int64_t column = 0; column < end; column += key_block) {
-    const int64_t columns = std::min(key_block, end - column);
-    const bool partial = v.mask != nullptr || column + columns > seen_by_all;
-    body(Tile{row, rows, column, columns, padded<acc_t>(columns), partial});
+  const Visibility& v = block.shape.visibility;
+  for (int64_t first = 0; first < block.count(); first += kGemmRows<acc_t>) {
+    const int64_t rows = std::min(kGemmRows<acc_t>, block.count() - first);
+    int64_t most = 0, least = tile.columns;
+    for (int64_t r = first; r < first + rows; ++r) {
+      const int64_t end = visible_end(block.shape, block.b, block.query_of(r)) - tile.column;
+      most = std::max(most, std::min(end, tile.columns));
+      least = std::min(least, end);
+    }
+    if (v.ancestors != nullptr) least = v.key_length[block.b] - tile.column;
+    if (most > 0) body(Strip{first, rows, most, v.mask != nullptr || least < most});
   }
+}
+
+// Whether some row of the block does not see some key of the tile that another row sees.
+template <typename scalar_t>
+bool is_partial(const QueryBlock<scalar_t>& block, const Tile& tile) {
+  const Visibility& v = block.shape.visibility;
+  const int64_t seen_by_all =
+      v.ancestors != nullptr ? v.key_length[block.b] : visible_end(block.shape, block.b, block.row);
+  return v.mask != nullptr || tile.column + tile.columns > seen_by_all;
 }
 
 template <typename acc_t>
@@ -106,99 +171,136 @@ void apply_mask(const Visibility& v, int64_t b, int64_t h, int64_t i, int64_t co
   if (v.mask_is_bool) {
     const bool* mask = static_cast<const bool*>(v.mask) + start;
     for (int64_t c = 0; c < columns; ++c) {
-      if (!mask[c * v.mask_column]) scores[c] = kHidden<acc_t>;
+      scores[c] = mask[c * v.mask_column] ? scores[c] : kHidden<acc_t>;
     }
     return;
   }
   const acc_t* mask = static_cast<const acc_t*>(v.mask) + start;
   for (int64_t c = 0; c < columns; ++c) {
     const acc_t bias = mask[c * v.mask_column];
-    scores[c] =
-        bias == kHidden<acc_t> ? bias : scores[c] + bias;  // selected, so that NaN stays hidden
+    // Selected rather than added, so that NaN stays hidden.
+    scores[c] = bias == kHidden<acc_t> ? bias : scores[c] + bias;
   }
 }
 
-// scores = queries keys^T, -inf where a key is hidden from its query and in the padding.
+// Asks for rows that will be read soon.
+template <typename T>
+void prefetch(Rows<T> rows, int64_t count, int64_t width) {
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t c = 0; c < width; c += padding<T>) {
+      __builtin_prefetch(rows.at(r) + c, /*rw=*/0, /*locality=*/2);
+    }
+  }
+}
+
+// scores[i, j] = scale <queries_i, keys_j>, from whole vectors.
+template <typename T>
+void dot_products(int64_t rows, int64_t columns, int64_t width, T scale, Rows<T> queries,
+                  Rows<T> keys, T* scores, int64_t stride) {
+  for (int64_t j = 0; j < columns; ++j) {
+    for (int64_t i = 0; i < rows; ++i) {
+      scores[i * stride + j] = scale * row_dot(queries.at(i), keys.at(j), width);
+    }
+  }
+}
+
+// The scores of a strip, up to the next whole vector; `keys` are packed and carry the scale.
 template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
-void score_tile(const AttentionShape<scalar_t>& shape, int64_t b, int64_t h, const Tile& tile,
-                Rows<acc_t> queries, Rows<acc_t> keys, acc_t* scores) {
-  gemm<acc_t>(Layout::normal, Layout::transposed, tile.rows, tile.columns, shape.width, acc_t(1),
-              queries.data, queries.stride, keys.data, keys.stride, acc_t(0), scores, tile.stride);
+void score_products(const QueryBlock<scalar_t>& block, const Strip& strip, Rows<acc_t> queries,
+                    Panels<acc_t> keys, acc_t* scores, int64_t stride) {
+  multiply(strip.rows, whole_vectors<acc_t>(strip.columns), block.shape.width, acc_t(1),
+           Strided<acc_t>{queries.at(strip.first), queries.stride, 1}, keys, acc_t(0), scores,
+           stride);
+}
+
+// Scores become -inf where a key is hidden from its query and up to the next whole vector.
+template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
+void hide_keys(const QueryBlock<scalar_t>& block, const Tile& tile, const Strip& strip,
+               acc_t* scores, int64_t stride) {
+  const AttentionShape<scalar_t>& shape = block.shape;
   const Visibility& v = shape.visibility;
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    acc_t* row = scores + r * tile.stride;
-    std::fill(row + tile.columns, row + tile.stride, kHidden<acc_t>);
-    if (!tile.partial) continue;
-    const int64_t i = tile.row + r;
+  const int64_t whole = whole_vectors<acc_t>(strip.columns);
+  for (int64_t r = 0; r < strip.rows; ++r) {
+    acc_t* row = scores + r * stride;
+    if (!strip.partial) {
+      std::fill(row + strip.columns, row + whole, kHidden<acc_t>);
+      continue;
+    }
+    const int64_t i = block.query_of(strip.first + r);
     const int64_t end =
-        std::clamp<int64_t>(visible_end(shape, b, i) - tile.column, 0, tile.columns);
-    std::fill(row + end, row + tile.columns, kHidden<acc_t>);
+        std::clamp<int64_t>(visible_end(shape, block.b, i) - tile.column, 0, strip.columns);
+    std::fill(row + end, row + whole, kHidden<acc_t>);
     if (v.ancestors != nullptr) {
-      const uint64_t* related = ancestor_row(shape, b, i);
-      const int64_t prefix = v.key_length[b] - tile.column;
+      const uint64_t* related = ancestor_row(shape, block.b, i);
+      const int64_t prefix = v.key_length[block.b] - tile.column;
       for (int64_t c = std::max<int64_t>(prefix, 0); c < end; ++c) {
         if (!is_ancestor(related, c - prefix)) row[c] = kHidden<acc_t>;
       }
     }
-    if (v.mask != nullptr) apply_mask(v, b, h, i, tile.column, end, row);
+    if (v.mask != nullptr) {
+      apply_mask(v, block.b, block.head_of(strip.first + r), i, tile.column, end, row);
+    }
   }
 }
 
-// The scores of a row that count for the entropy: the row itself, a copy in `buffer` with the
-// columns before entropy_from hidden, or null when none is left.
+// probabilities = exp(score - entropy_lse) of one head over keys that count for the entropy, 0
+// where hidden; average += probabilities / heads. Both are [rows, stride].
 template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
-const acc_t* entropy_row(const AttentionShape<scalar_t>& shape, const Tile& tile, const acc_t* row,
-                         acc_t* buffer) {
-  const int64_t skipped = shape.entropy_from - tile.column;
-  if (skipped <= 0) return row;
-  if (skipped >= tile.columns) return nullptr;
-  std::fill(buffer, buffer + skipped, kHidden<acc_t>);
-  std::copy(row + skipped, row + tile.stride, buffer + skipped);
-  return buffer;
+void map_probabilities(const QueryBlock<scalar_t>& block, const Tile& tile,
+                       const acc_t* entropy_lse, Rows<acc_t> queries, Panels<acc_t> keys,
+                       int64_t stride, acc_t* probabilities, acc_t* average) {
+  const Vector<acc_t> share(acc_t(1) / static_cast<acc_t>(block.shape.query_heads));
+  std::fill(probabilities, probabilities + block.rows * stride, acc_t(0));
+  for_each_strip(block, tile, [&](const Strip& strip) {
+    score_products(block, strip, queries, keys, probabilities + strip.first * stride, stride);
+    hide_keys(block, tile, strip, probabilities + strip.first * stride, stride);
+    for (int64_t r = strip.first; r < strip.first + strip.rows; ++r) {
+      const Vector<acc_t> shift(SoftmaxStatistics<acc_t>::shift(entropy_lse[r]));
+      acc_t *row = probabilities + r * stride, *mean = average + r * stride;
+      for (int64_t j = 0; j < strip.columns; j += Vector<acc_t>::size()) {
+        const Vector<acc_t> q = exponential(Vector<acc_t>::loadu(row + j) - shift);
+        q.store(row + j);
+        at::vec::fmadd(q, share, Vector<acc_t>::loadu(mean + j)).store(mean + j);
+      }
+    }
+  });
 }
 
-// average += p / heads, p the probabilities of one head renormalised over the entropy set.
-template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
-void add_probabilities(const AttentionShape<scalar_t>& shape, const Tile& tile,
-                       const acc_t* entropy_lse, const acc_t* scores, acc_t* buffer,
-                       acc_t* average) {
-  const acc_t share = acc_t(1) / static_cast<acc_t>(shape.query_heads);
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    const acc_t* row = entropy_row(shape, tile, scores + r * tile.stride, buffer);
-    if (row == nullptr || entropy_lse[r] == kHidden<acc_t>) continue;
-    row_add_exponentials(row, tile.stride, entropy_lse[r], share, average + r * tile.stride);
+// Padded rows as contiguous ones of the caller's dtype.
+template <typename acc_t, typename scalar_t>
+void store_rows(const acc_t* rows, int64_t stride, int64_t count, int64_t width, scalar_t* target) {
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t c = 0; c < width; ++c) {
+      target[r * width + c] = static_cast<scalar_t>(rows[r * stride + c]);
+    }
   }
 }
 
 template <typename T>
 bool all_finite(Rows<T> rows, int64_t count, int64_t width) {
+  Vector<T> sum(T(0));  // of x 0, which is NaN unless x is finite
   for (int64_t r = 0; r < count; ++r) {
-    for (int64_t c = 0; c < width; ++c) {
-      if (!std::isfinite(rows.data[r * rows.stride + c])) return false;
+    for (int64_t c = 0; c < width; c += Vector<T>::size()) {
+      sum = at::vec::fmadd(Vector<T>::loadu(rows.at(r) + c), Vector<T>(T(0)), sum);
     }
   }
-  return true;
+  return sum_of(sum) == T(0);
 }
 
-// target[m, n] += factor * op(coefficients) [m, k] rows [k, n]. Coefficients that are 0 because a
-// key is hidden must not let NaN or inf of the row they belong to through.
+// target[m, n] += coefficients[m, k] rows[k, n]. `guarded`: coefficients that are 0 because a key
+// is hidden must not let a NaN or inf of `rows` through.
 template <typename T>
-void accumulate(const Tile& tile, Layout layout, int64_t m, int64_t n, int64_t k, T factor,
-                const T* coefficients, Rows<T> rows, T* target, int64_t target_stride) {
-  if (!tile.partial || all_finite(rows, k, n)) {
-    gemm<T>(layout, Layout::normal, m, n, k, factor, coefficients, tile.stride, rows.data,
-            rows.stride, T(1), target, target_stride);
+void accumulate(int64_t m, int64_t n, int64_t k, Strided<T> coefficients, Rows<T> rows,
+                bool guarded, T* target, int64_t stride) {
+  if (!guarded) {
+    multiply(m, n, k, T(1), coefficients, in_place(rows.data, rows.stride), T(1), target, stride);
     return;
   }
-  const bool transposed = layout == Layout::transposed;
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < k; ++j) {
-      const T coefficient =
-          transposed ? coefficients[j * tile.stride + i] : coefficients[i * tile.stride + j];
+      const T coefficient = coefficients.data[i * coefficients.row + j * coefficients.column];
       if (coefficient == T(0)) continue;
-      for (int64_t c = 0; c < n; ++c) {
-        target[i * target_stride + c] += factor * coefficient * rows.data[j * rows.stride + c];
-      }
+      for (int64_t c = 0; c < n; ++c) target[i * stride + c] += coefficient * rows.at(j)[c];
     }
   }
 }

@@ -2,6 +2,7 @@
 
 #include "../common/checks.h"
 #include "../common/dispatch.h"
+#include "huge_pages.h"
 #include "parallel.h"
 
 #include <ATen/ops/empty.h>
@@ -18,6 +19,10 @@ namespace {
 
 using at::Tensor;
 using std::optional;
+
+// Column statistics of a large problem: so many threads can gather them, and as their number does
+// not depend on the threads, nor do the results.
+constexpr int64_t kColumnChunks = 32;
 
 void check_problem(const char* op, const Tensor& gen, const Tensor& pos,
                    const optional<Tensor>& neg, const Tensor& weight) {
@@ -42,58 +47,134 @@ Samples<T> samples(const Tensor& x) {
   return {x.const_data_ptr<T>(), x.size(1), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-// The parts of a problem that own memory, for as long as the kernels run.
-struct Workspace {
-  Tensor weight, centred, squared_norms;
+// What the force needs besides the points.
+void check_statistics(const char* op, const Tensor& gen, const Tensor& weight,
+                      const Tensor& distances, const Tensor& scale,
+                      at::ArrayRef<double> temperatures) {
+  for (const double temperature : temperatures) {
+    TORCH_CHECK_VALUE(temperature > 0, op, ": temperatures must be > 0, got ", temperature);
+  }
+  TORCH_CHECK_VALUE(scale.numel() == 1 && scale.is_cpu(), op, ": scale must be a CPU scalar");
+  if (distances.numel() == 0) return;
+  check_shape(op, "distances", distances, {gen.size(0), gen.size(1), weight.size(1)});
+  TORCH_CHECK_TYPE(distances.scalar_type() == weight.scalar_type(), op, ": distances must be ",
+                   weight.scalar_type());
+}
 
+template <typename T>
+DriftPoints<T> drift_points(const Tensor& gen, const Tensor& pos, const optional<Tensor>& neg,
+                            const Tensor& weight) {
+  return {.batch = gen.size(0),
+          .generated = gen.size(1),
+          .points = weight.size(1),
+          .positives = pos.size(1),
+          .features = gen.size(2),
+          .parts = {samples<T>(gen), neg ? samples<T>(*neg) : Samples<T>{}, samples<T>(pos)},
+          .weight = weight.const_data_ptr<accumulate_t<T>>()};
+}
+
+// Packed points and scratch of a call, for as long as the kernels run.
+struct BlockMemory {
+  Tensor by_feature, by_point, squared_norms, scratch;
+  int64_t slot_size = 0;
+
+  // Packs the points for distances, forces or both.
   template <typename T>
-  void fill(DriftProblem<T>& call, const Tensor& gen, const Tensor& pos,
-            const optional<Tensor>& neg, const Tensor& weights) {
+  void fill(DriftBlocks<T>& call, const at::TensorOptions& options, bool distances, bool forces) {
     using acc_t = accumulate_t<T>;
-    weight = weights.contiguous();
-    call.batch = gen.size(0), call.generated = gen.size(1), call.features = gen.size(2);
-    call.points = weights.size(1), call.positives = pos.size(1);
-    call.panel = panel_height(call.generated, call.points);
-    call.parts[0] = samples<T>(gen);
-    call.parts[1] = neg ? samples<T>(*neg) : Samples<T>{};
-    call.parts[2] = samples<T>(pos);
-    centred = at::empty({call.batch, call.points, call.features}, weights.options());
-    squared_norms = at::empty({call.batch, call.points}, weights.options());
-    call.weight = weight.const_data_ptr<acc_t>();
-    call.centred = centred.mutable_data_ptr<acc_t>();
-    call.squared_norms = squared_norms.mutable_data_ptr<acc_t>();
-    call.distances = nullptr;
+    const int64_t padded = panel_padded<acc_t>(call.points);
+    const int64_t stripes = panels_of<acc_t>(call.features);
+    call.height = std::min(block_height(call.points), call.generated);
+    if (forces) {
+      by_feature = empty_large({call.batch, stripes, call.points, kPanelWidth<acc_t>}, options);
+      call.by_feature = by_feature.mutable_data_ptr<acc_t>();
+    }
+    if (distances) {
+      by_point = empty_large({call.batch, padded, call.features}, options);
+      squared_norms = at::empty({call.batch, stripes, padded}, options);
+      call.by_point = by_point.mutable_data_ptr<acc_t>();
+      call.squared_norms = squared_norms.mutable_data_ptr<acc_t>();
+    }
+    slot_size =
+        std::max(block_scratch<acc_t>(call.height, call.points), padded * kPanelWidth<acc_t>);
+    scratch = at::empty({thread_count(), slot_size}, options);
   }
 };
+
+template <typename Kernel, typename T, typename acc_t>
+void pack_points(const DriftBlocks<T>& call, acc_t* memory, int64_t slot_size) {
+  parallel_for(call.batch * panels_of<acc_t>(call.features), [&](int64_t task, int64_t slot) {
+    Kernel::pack(call, task, memory + slot * slot_size);
+  });
+  if (call.by_point == nullptr) return;
+  parallel_for(call.batch, [&](int64_t task, int64_t) { Kernel::merge_norms(call, task); });
+}
+
+template <typename T>
+bool is_many_small(const DriftPoints<T>& call) {
+  return call.batch >= kManyProblems && call.generated * call.points <= kSmallElements;
+}
+
+// Runs body(kernel, problem, memory) for every problem of the batch.
+template <typename T, typename Body>
+void each_problem(const DriftBatch<T>& call, const at::TensorOptions& options, Body&& body) {
+  dispatch_isa([&](auto isa) {
+    using Kernel = DriftBatchKernel<decltype(isa)::value, T>;
+    const int64_t slot_size = Kernel::scratch(call);
+    const Tensor scratch = at::empty({thread_count(), slot_size}, options);
+    auto* memory = scratch.mutable_data_ptr<accumulate_t<T>>();
+    parallel_for(call.batch,
+                 [&](int64_t b, int64_t slot) { body(Kernel{}, b, memory + slot * slot_size); });
+  });
+}
+
+template <typename T>
+double distances_of_many(const DriftPoints<T>& points, const at::TensorOptions& options,
+                         accumulate_t<T>* distances) {
+  DriftBatch<T> call{points};
+  call.distances = distances;
+  std::vector<double> partial(call.batch);
+  each_problem(call, options, [&](auto kernel, int64_t b, auto* memory) {
+    partial[b] = kernel.weighted_distance(call, b, memory);
+  });
+  return std::accumulate(partial.begin(), partial.end(), 0.0);
+}
+
+template <typename T>
+double distances_of_large(const DriftPoints<T>& points, const at::TensorOptions& options,
+                          accumulate_t<T>* distances) {
+  DriftBlocks<T> call{points};
+  BlockMemory owned;
+  owned.fill(call, options, true, false);
+  call.distances = distances;
+  auto* memory = owned.scratch.mutable_data_ptr<accumulate_t<T>>();
+  std::vector<double> partial(call.batch * call.blocks());
+  dispatch_isa([&](auto isa) {
+    using Kernel = DriftDistanceKernel<decltype(isa)::value, T>;
+    pack_points<Kernel>(call, memory, owned.slot_size);
+    parallel_for(call.batch * call.blocks(), [&](int64_t task, int64_t slot) {
+      partial[task] = Kernel::weighted_distance(call, task, memory + slot * owned.slot_size);
+    });
+  });
+  return std::accumulate(partial.begin(), partial.end(), 0.0);
+}
 
 std::tuple<Tensor, Tensor> drift_distances(const Tensor& gen, const Tensor& pos,
                                            const optional<Tensor>& neg, const Tensor& weight,
                                            bool keep) {
   check_problem("drift_distances", gen, pos, neg, weight);
+  const Tensor weights = weight.contiguous();
   const Tensor distances =
-      at::empty({keep ? gen.size(0) : 0, gen.size(1), weight.size(1)}, weight.options());
+      empty_large({keep ? gen.size(0) : 0, gen.size(1), weight.size(1)}, weight.options());
   double total = 0;
   dispatch_floating(gen.scalar_type(), [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
-    using acc_t = accumulate_t<scalar_t>;
-    Workspace workspace;
-    DriftProblem<scalar_t> call;
-    workspace.fill(call, gen, pos, neg, weight);
-    if (keep) call.distances = distances.mutable_data_ptr<acc_t>();
-    const int64_t tasks = call.batch * call.panels(), slot_size = drift_scratch(call);
-    const Tensor scratch = at::empty({thread_count(), slot_size}, weight.options());
-    acc_t* memory = scratch.mutable_data_ptr<acc_t>();
-    std::vector<double> partial(tasks);
-    dispatch_isa([&](auto isa) {
-      using Kernel = DriftKernel<decltype(isa)::value, scalar_t>;
-      parallel_for(call.batch, [&](int64_t task, int64_t) { Kernel::centre(call, task); });
-      parallel_for(tasks, [&](int64_t task, int64_t slot) {
-        partial[task] = Kernel::weighted_distance(call, task, memory + slot * slot_size);
-      });
-    });
-    total =
-        std::accumulate(partial.begin(), partial.end(), 0.0) / static_cast<double>(call.generated);
+    const auto points = drift_points<scalar_t>(gen, pos, neg, weights);
+    auto* kept = keep ? distances.mutable_data_ptr<accumulate_t<scalar_t>>() : nullptr;
+    total = is_many_small(points) ? distances_of_many(points, weight.options(), kept)
+                                  : distances_of_large(points, weight.options(), kept);
   });
+  total /= static_cast<double>(gen.size(1));
   const Tensor sums = at::tensor({total, weight.sum(at::kDouble).item<double>()}, at::kDouble);
   return {distances, sums.to(weight.scalar_type())};
 }
@@ -104,56 +185,47 @@ std::tuple<Tensor, Tensor> drift_force(const Tensor& gen, const Tensor& pos,
                                        at::ArrayRef<double> temperatures) {
   const char* op = "drift_force";
   check_problem(op, gen, pos, neg, weight);
+  check_statistics(op, gen, weight, distances, scale, temperatures);
   const int64_t count = static_cast<int64_t>(temperatures.size());
-  for (const double temperature : temperatures) {
-    TORCH_CHECK_VALUE(temperature > 0, op, ": temperatures must be > 0, got ", temperature);
-  }
-  TORCH_CHECK_VALUE(scale.numel() == 1 && scale.is_cpu(), op, ": scale must be a CPU scalar");
-  const bool kept = distances.numel() > 0;
-  if (kept) {
-    check_shape(op, "distances", distances, {gen.size(0), gen.size(1), weight.size(1)});
-    TORCH_CHECK_TYPE(distances.scalar_type() == weight.scalar_type(), op, ": distances must be ",
-                     weight.scalar_type());
-  }
-  const Tensor force = at::empty({count, gen.size(0), gen.size(1), gen.size(2)}, weight.options());
+  const Tensor weights = weight.contiguous(), kept = distances.contiguous();
+  const Tensor force =
+      empty_large({count, gen.size(0), gen.size(1), gen.size(2)}, weight.options());
   std::vector<double> squares(count, 0.0);
   dispatch_floating(gen.scalar_type(), [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using acc_t = accumulate_t<scalar_t>;
-    Workspace workspace;
-    DriftForce<scalar_t> call;
-    workspace.fill(call, gen, pos, neg, weight);
-    const Tensor contiguous = distances.contiguous();
-    call.kept = kept ? contiguous.const_data_ptr<acc_t>() : nullptr;
+    DriftForces<scalar_t> call{{drift_points<scalar_t>(gen, pos, neg, weights)}};
+    BlockMemory owned;
+    owned.fill(call, weight.options(), kept.numel() == 0, true);
+    call.kept = kept.numel() > 0 ? kept.const_data_ptr<acc_t>() : nullptr;
     call.scale = static_cast<acc_t>(scale.item<double>());
     const std::vector<acc_t> values(temperatures.begin(), temperatures.end());
     call.temperatures = values.data();
     call.temperature_count = count;
-    call.chunks =
-        std::clamp<int64_t>((thread_count() + call.batch - 1) / call.batch, 1, call.panels());
+    call.chunks = std::min(call.blocks(), kColumnChunks);
 
-    const Tensor row_lse = at::empty({call.batch, count, call.generated}, weight.options());
-    const std::vector<int64_t> columns = {call.batch, call.chunks, count, call.points};
-    const Tensor column_max = at::empty(columns, weight.options());
+    const Tensor row_half = at::empty({call.batch, count, call.generated}, weight.options());
+    const std::vector<int64_t> columns = {call.batch, call.chunks, count,
+                                          row_length<acc_t>(call.points)};
+    const Tensor column_min = at::empty(columns, weight.options());
     const Tensor column_sum = at::empty(columns, weight.options());
-    call.row_lse = row_lse.mutable_data_ptr<acc_t>();
-    call.column_max = column_max.mutable_data_ptr<acc_t>();
+    call.row_half = row_half.mutable_data_ptr<acc_t>();
+    call.column_min = column_min.mutable_data_ptr<acc_t>();
     call.column_sum = column_sum.mutable_data_ptr<acc_t>();
     call.force = force.mutable_data_ptr<acc_t>();
-    const int64_t tasks = call.batch * call.panels(), slot_size = drift_scratch(call);
-    std::vector<double> partial(tasks * count);
+    std::vector<double> partial(call.batch * call.blocks() * count);
     call.squares = partial.data();
-    const Tensor scratch = at::empty({thread_count(), slot_size}, weight.options());
-    acc_t* memory = scratch.mutable_data_ptr<acc_t>();
+    acc_t* memory = owned.scratch.mutable_data_ptr<acc_t>();
+    const int64_t slot_size = owned.slot_size;
 
     dispatch_isa([&](auto isa) {
-      using Kernel = DriftKernel<decltype(isa)::value, scalar_t>;
-      parallel_for(call.batch, [&](int64_t task, int64_t) { Kernel::centre(call, task); });
+      using Kernel = DriftForceKernel<decltype(isa)::value, scalar_t>;
+      pack_points<DriftDistanceKernel<decltype(isa)::value, scalar_t>>(call, memory, slot_size);
       parallel_for(call.batch * call.chunks, [&](int64_t task, int64_t slot) {
         Kernel::normalisers(call, task, memory + slot * slot_size);
       });
       parallel_for(call.batch, [&](int64_t task, int64_t) { Kernel::merge_columns(call, task); });
-      parallel_for(tasks, [&](int64_t task, int64_t slot) {
+      parallel_for(call.batch * call.blocks(), [&](int64_t task, int64_t slot) {
         Kernel::force(call, task, memory + slot * slot_size);
       });
     });
@@ -162,11 +234,71 @@ std::tuple<Tensor, Tensor> drift_force(const Tensor& gen, const Tensor& pos,
   return {force, at::tensor(squares, at::kDouble).to(weight.scalar_type())};
 }
 
+// A batch of problems with what their forces need besides the points.
+template <typename T>
+struct BatchOfForces : DriftBatch<T> {
+  using acc_t = accumulate_t<T>;
+  std::vector<acc_t> temperature_values;
+
+  BatchOfForces(const DriftPoints<T>& points, const Tensor& distances, const Tensor& scale,
+                at::ArrayRef<double> temperatures)
+      : DriftBatch<T>{points}, temperature_values(temperatures.begin(), temperatures.end()) {
+    this->kept = distances.numel() > 0 ? distances.const_data_ptr<acc_t>() : nullptr;
+    this->scale = static_cast<acc_t>(scale.item<double>());
+    this->temperatures = temperature_values.data();
+    this->temperature_count = static_cast<int64_t>(temperature_values.size());
+  }
+};
+
+Tensor drift_squares(const Tensor& gen, const Tensor& pos, const optional<Tensor>& neg,
+                     const Tensor& weight, const Tensor& distances, const Tensor& scale,
+                     at::ArrayRef<double> temperatures) {
+  check_problem("drift_squares", gen, pos, neg, weight);
+  check_statistics("drift_squares", gen, weight, distances, scale, temperatures);
+  const Tensor weights = weight.contiguous(), kept = distances.contiguous();
+  std::vector<double> partial(gen.size(0) * temperatures.size()), squares(temperatures.size(), 0.0);
+  dispatch_floating(gen.scalar_type(), [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    BatchOfForces<scalar_t> call(drift_points<scalar_t>(gen, pos, neg, weights), kept, scale,
+                                 temperatures);
+    call.squares = partial.data();
+    each_problem(call, weight.options(),
+                 [&](auto kernel, int64_t b, auto* memory) { kernel.squares(call, b, memory); });
+  });
+  for (size_t i = 0; i < partial.size(); ++i) squares[i % squares.size()] += partial[i];
+  return at::tensor(squares, at::kDouble).to(weight.scalar_type());
+}
+
+Tensor drift_combined_force(const Tensor& gen, const Tensor& pos, const optional<Tensor>& neg,
+                            const Tensor& weight, const Tensor& distances, const Tensor& scale,
+                            at::ArrayRef<double> temperatures, const Tensor& factors) {
+  const char* op = "drift_combined_force";
+  check_problem(op, gen, pos, neg, weight);
+  check_statistics(op, gen, weight, distances, scale, temperatures);
+  check_shape(op, "factors", factors, {static_cast<int64_t>(temperatures.size())});
+  const Tensor weights = weight.contiguous(), kept = distances.contiguous();
+  const Tensor values = factors.to(weight.scalar_type()).contiguous();
+  const Tensor force = empty_large(gen.sizes(), weight.options());
+  dispatch_floating(gen.scalar_type(), [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    using acc_t = accumulate_t<scalar_t>;
+    BatchOfForces<scalar_t> call(drift_points<scalar_t>(gen, pos, neg, weights), kept, scale,
+                                 temperatures);
+    call.factors = values.const_data_ptr<acc_t>();
+    call.force = force.mutable_data_ptr<acc_t>();
+    each_problem(call, weight.options(),
+                 [&](auto kernel, int64_t b, auto* memory) { kernel.combine(call, b, memory); });
+  });
+  return force;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(driftar, CPU, library) {
   library.impl("drift_distances", &drift_distances);
   library.impl("drift_force", &drift_force);
+  library.impl("drift_squares", &drift_squares);
+  library.impl("drift_combined_force", &drift_combined_force);
 }
 
 }  // namespace driftar::cpu

@@ -1,8 +1,11 @@
 #pragma once
 
-// The drifting field on the CPU as its kernel sees it. B problems of N generated samples among M
-// points; the points of a problem lie in the order gen, neg, pos. Work is dealt out in panels of
-// generated samples.
+// The drifting field on the CPU as its kernels see it. B problems of N generated samples among M
+// points; the points of a problem lie in the order gen, neg, pos.
+//
+// Points are centred and packed into panels of kPanelWidth columns, either features as columns
+// (by_feature [stripes, M, width], the right factor of the forces) or points as columns (by_point
+// [stripes, S, width], the factors of the distances). Columns beyond the last are zero.
 
 #include "../common/accumulate.h"
 #include "isa.h"
@@ -20,66 +23,152 @@ struct Samples {
 };
 
 template <typename scalar_t>
-struct DriftProblem {
+struct DriftPoints {
   using acc_t = accumulate_t<scalar_t>;
   int64_t batch, generated, points, positives, features;
-  int64_t panel;  // generated samples per panel
   Samples<scalar_t> parts[3];
-  const acc_t* weight;   // [B, M]
-  acc_t* centred;        // [B, M, S]: points minus their mean
-  acc_t* squared_norms;  // [B, M]
-  acc_t* distances;      // [B, N, M], or null when they are not kept
+  const acc_t* weight;  // [B, M]
 
-  int64_t panels() const { return (generated + panel - 1) / panel; }
+  int64_t negatives() const { return points - positives; }  // with the generated samples
 };
 
-template <typename scalar_t>
-struct DriftForce : DriftProblem<scalar_t> {
-  using acc_t = accumulate_t<scalar_t>;
-  const acc_t* kept;          // [B, N, M] or null
-  acc_t scale;                // global mean distance
-  const acc_t* temperatures;  // [T]
-  int64_t temperature_count;
-  int64_t chunks;     // panels of a problem are dealt out to this many column statistics
-  acc_t* row_lse;     // [B, T, N]
-  acc_t* column_max;  // [B, chunks, T, M]; after merge_columns chunk 0 holds the log-sum-exp
-  acc_t* column_sum;  // [B, chunks, T, M]
-  acc_t* force;       // [T, B, N, S]
-  double* squares;    // [B, panels, T]
-};
+// Two of the widest vectors.
+template <typename T>
+constexpr int64_t kPanelWidth = 128 / static_cast<int64_t>(sizeof(T));
 
-// A panel of distances is at most this many elements, but at least 8 and at most 64 samples high.
-constexpr int64_t kPanelElements = 1 << 19;
-
-inline int64_t panel_height(int64_t generated, int64_t points) {
-  const int64_t height = std::clamp<int64_t>(kPanelElements / std::max<int64_t>(points, 1), 8, 64);
-  return std::min(height, generated);
+template <typename T>
+constexpr int64_t panels_of(int64_t columns) {
+  return (columns + kPanelWidth<T> - 1) / kPanelWidth<T>;
 }
 
-// Two panels, each padded for whole vectors: distances and logits or affinities.
+template <typename T>
+constexpr int64_t panel_padded(int64_t columns) {
+  return panels_of<T>(columns) * kPanelWidth<T>;
+}
+
+// Length of a row of M values: padded, and such that rows do not all fall into the same cache sets.
+template <typename T>
+constexpr int64_t row_length(int64_t points) {
+  const int64_t padded = panel_padded<T>(points);
+  return padded % (2048 / static_cast<int64_t>(sizeof(T))) == 0 ? padded + kPanelWidth<T> : padded;
+}
+
+// --- One large problem: work is dealt out in blocks of generated samples -------------------------
+
+// A block of N x M values is at most this many, but at least 8 and at most 64 samples high.
+constexpr int64_t kBlockElements = 1 << 19;
+constexpr int64_t kBlockRows = 64;
+
+// A multiple of 8, which divides every panel width.
+inline int64_t block_height(int64_t points) {
+  const int64_t height = kBlockElements / std::max<int64_t>(points, 1);
+  return std::clamp<int64_t>(height, 8, kBlockRows) / 8 * 8;
+}
+
 template <typename scalar_t>
-int64_t drift_scratch(const DriftProblem<scalar_t>& problem) {
-  return 2 * problem.panel * (problem.points + 16) + 2 * (problem.points + 16);
+struct DriftBlocks : DriftPoints<scalar_t> {
+  using acc_t = accumulate_t<scalar_t>;
+  int64_t height = 0;              // generated samples per block
+  acc_t* by_feature = nullptr;     // [B, stripes, M, width], unless only distances are wanted
+  acc_t* by_point = nullptr;       // [B, stripes, S, width], unless distances are given
+  acc_t* squared_norms = nullptr;  // [B, feature stripes, M padded]; merge_norms leaves the sums
+                                   // in the first stripe
+  acc_t* distances = nullptr;      // [B, N, M] to be kept, or null
+
+  int64_t blocks() const { return (this->generated + height - 1) / height; }
+};
+
+template <typename scalar_t>
+struct DriftForces : DriftBlocks<scalar_t> {
+  using acc_t = accumulate_t<scalar_t>;
+  const acc_t* kept = nullptr;          // [B, N, M] or null
+  acc_t scale = 0;                      // global mean distance
+  const acc_t* temperatures = nullptr;  // [T]
+  int64_t temperature_count = 0;
+  int64_t chunks = 0;           // blocks of a problem are dealt out to this many column statistics
+  acc_t* row_half = nullptr;    // [B, T, N]: half the log-sum-exp of a row
+  acc_t* column_min = nullptr;  // [B, chunks, T, M padded]; merge_columns leaves half the
+                                // log-sum-exp in the first chunk
+  acc_t* column_sum = nullptr;  // [B, chunks, T, M padded]
+  acc_t* force = nullptr;       // [T, B, N, S]
+  double* squares = nullptr;    // [B, blocks, T]
+};
+
+// Two blocks of N x M values and three rows.
+template <typename acc_t>
+int64_t block_scratch(int64_t height, int64_t points) {
+  return (2 * height + 3) * row_length<acc_t>(points) + kBlockRows * kPanelWidth<acc_t>;
 }
 
 template <Isa isa, typename scalar_t>
-struct DriftKernel {
+struct DriftDistanceKernel {
   using acc_t = accumulate_t<scalar_t>;
 
-  // task = sample: fills centred and squared_norms.
-  static void centre(const DriftProblem<scalar_t>& call, int64_t task);
+  // task = (sample, feature stripe): fills by_feature or by_point and squared_norms. Scratch: one
+  // stripe [M padded, width].
+  static void pack(const DriftBlocks<scalar_t>& call, int64_t task, acc_t* memory);
 
-  // task = (sample, panel): keeps the distances if asked to; returns sum_ij d_ij w_j.
-  static double weighted_distance(const DriftProblem<scalar_t>& call, int64_t task, acc_t* memory);
+  // task = sample
+  static void merge_norms(const DriftBlocks<scalar_t>& call, int64_t task);
+
+  // task = (sample, block): keeps the distances if asked to; returns sum_ij d_ij w_j.
+  static double weighted_distance(const DriftBlocks<scalar_t>& call, int64_t task, acc_t* memory);
+
+  // Distances [rows, M padded] of a block to all points.
+  static void distances(const DriftBlocks<scalar_t>& call, int64_t b, int64_t row, int64_t rows,
+                        acc_t* out);
+};
+
+template <Isa isa, typename scalar_t>
+struct DriftForceKernel {
+  using acc_t = accumulate_t<scalar_t>;
 
   // task = (sample, chunk): log-sum-exp of the rows, statistics of the columns.
-  static void normalisers(const DriftForce<scalar_t>& call, int64_t task, acc_t* memory);
+  static void normalisers(const DriftForces<scalar_t>& call, int64_t task, acc_t* memory);
 
-  // task = sample: merges the chunks' column statistics into log-sum-exps.
-  static void merge_columns(const DriftForce<scalar_t>& call, int64_t task);
+  // task = sample: merges the chunks' column statistics.
+  static void merge_columns(const DriftForces<scalar_t>& call, int64_t task);
 
-  // task = (sample, panel): forces of all temperatures and their squares.
-  static void force(const DriftForce<scalar_t>& call, int64_t task, acc_t* memory);
+  // task = (sample, block): forces of all temperatures and their squares.
+  static void force(const DriftForces<scalar_t>& call, int64_t task, acc_t* memory);
+};
+
+// --- Many small problems: one task is one problem, and all of it stays in a core's cache
+// ----------
+
+// N x M values of a small problem are at most this many.
+constexpr int64_t kSmallElements = 1 << 16;
+// Below this many problems, dealing out blocks of each keeps more threads busy.
+constexpr int64_t kManyProblems = 16;
+
+template <typename scalar_t>
+struct DriftBatch : DriftPoints<scalar_t> {
+  using acc_t = accumulate_t<scalar_t>;
+  acc_t* distances = nullptr;           // [B, N, M] to be kept, or null
+  const acc_t* kept = nullptr;          // [B, N, M] or null
+  acc_t scale = 0;                      // global mean distance
+  const acc_t* temperatures = nullptr;  // [T]
+  int64_t temperature_count = 0;
+  const acc_t* factors = nullptr;  // [T]: of the temperatures in the sum
+  acc_t* force = nullptr;          // [B, N, S]
+  double* squares = nullptr;       // [B, T]
+};
+
+template <Isa isa, typename scalar_t>
+struct DriftBatchKernel {
+  using acc_t = accumulate_t<scalar_t>;
+
+  // Elements of scratch for each of the functions below, of which task = problem.
+  static int64_t scratch(const DriftBatch<scalar_t>& call);
+
+  // Keeps the distances if asked to; returns sum_ij d_ij w_j.
+  static double weighted_distance(const DriftBatch<scalar_t>& call, int64_t b, acc_t* memory);
+
+  // Sums of squares of the forces of every temperature.
+  static void squares(const DriftBatch<scalar_t>& call, int64_t b, acc_t* memory);
+
+  // The forces of all temperatures times their factors, summed: one product.
+  static void combine(const DriftBatch<scalar_t>& call, int64_t b, acc_t* memory);
 };
 
 }  // namespace driftar::cpu

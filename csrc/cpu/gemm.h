@@ -13,137 +13,203 @@
 namespace driftar::cpu {
 namespace {
 
-enum class Layout : bool { normal, transposed };
-
-// Register block: kRows x (2 vectors) accumulators, two vectors of B and one broadcast of A fit 32
-// (AVX-512) or 16 registers.
+// Register block: kGemmRows x (2 vectors) accumulators, two vectors of B and one broadcast of A fit
+// 32 (AVX-512) or 16 registers.
 template <typename T>
 constexpr int64_t kGemmColumns = 2 * Vector<T>::size();
 template <typename T>
 constexpr int64_t kGemmRows = sizeof(T) * Vector<T>::size() >= 64 ? 8 : 6;
-// Depth of a packed panel of B: 32 kB.
-template <typename T>
-constexpr int64_t kGemmDepth = 32768 / static_cast<int64_t>(sizeof(T)) / kGemmColumns<T>;
 
 // An operand of which element (i, p) is data[i * row + p * column].
 template <typename T>
 struct Strided {
   const T* data;
   int64_t row, column;
+
+  Strided from(int64_t i, int64_t p) const { return {data + i * row + p * column, row, column}; }
 };
 
-// c[ROWS, 2 vectors] = alpha a b + beta c
-template <int64_t ROWS, typename T>
+// A right operand as panels of kGemmColumns columns: element (p, j) lies at
+// data[j / kGemmColumns * panel + p * stride + j % kGemmColumns].
+template <typename T>
+struct Panels {
+  const T* data;
+  int64_t stride, panel;
+};
+
+template <typename T>
+Panels<T> in_place(const T* rows, int64_t stride) {
+  return {rows, stride, kGemmColumns<T>};
+}
+
+template <typename T>
+Panels<T> packed_panels(const T* packed, int64_t depth) {
+  return {packed, kGemmColumns<T>, kGemmColumns<T> * depth};
+}
+
+// c[ROWS, VECTORS vectors] = alpha a b + beta c
+template <int64_t ROWS, int64_t VECTORS, typename T>
 inline void gemm_block(int64_t depth, T alpha, Strided<T> a, const T* b, int64_t stride_b, T beta,
                        T* c, int64_t stride_c) {
   using V = Vector<T>;
-  V sums[ROWS][2];
+  V sums[ROWS][VECTORS];
 #pragma GCC unroll 8
-  for (int64_t i = 0; i < ROWS; ++i) sums[i][0] = sums[i][1] = V(T(0));
+  for (int64_t i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < VECTORS; ++j) sums[i][j] = V(T(0));
+  }
   for (int64_t p = 0; p < depth; ++p) {
-    const V left = V::loadu(b + p * stride_b), right = V::loadu(b + p * stride_b + V::size());
+    V right[VECTORS];
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < VECTORS; ++j) right[j] = V::loadu(b + p * stride_b + j * V::size());
 #pragma GCC unroll 8
     for (int64_t i = 0; i < ROWS; ++i) {
       const V factor(a.data[i * a.row + p * a.column]);
-      sums[i][0] = at::vec::fmadd(factor, left, sums[i][0]);
-      sums[i][1] = at::vec::fmadd(factor, right, sums[i][1]);
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < VECTORS; ++j) {
+        sums[i][j] = at::vec::fmadd(factor, right[j], sums[i][j]);
+      }
     }
   }
   const V scale(alpha), keep(beta);
 #pragma GCC unroll 8
   for (int64_t i = 0; i < ROWS; ++i) {
-    for (int64_t half = 0; half < 2; ++half) {
-      T* target = c + i * stride_c + half * V::size();
-      V result = scale * sums[i][half];
-      if (beta != T(0)) result = result + keep * V::loadu(target);
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < VECTORS; ++j) {
+      T* target = c + i * stride_c + j * V::size();
+      V result = scale * sums[i][j];
+      if (beta != T(0)) result = at::vec::fmadd(keep, V::loadu(target), result);
       result.store(target);
     }
   }
 }
 
-// gemm_block for a number of rows known at run time.
+// A strip of C, `columns` whole vectors wide, of a number of rows known at run time.
 template <int64_t ROWS, typename T>
-inline void gemm_rows(int64_t rows, int64_t depth, T alpha, Strided<T> a, const T* b,
-                      int64_t stride_b, T beta, T* c, int64_t stride_c) {
+void gemm_strip(int64_t rows, int64_t columns, int64_t depth, T alpha, Strided<T> a, Panels<T> b,
+                T beta, T* c, int64_t stride_c) {
   if constexpr (ROWS > 0) {
-    if (rows == ROWS) {
-      gemm_block<ROWS>(depth, alpha, a, b, stride_b, beta, c, stride_c);
-    } else {
-      gemm_rows<ROWS - 1>(rows, depth, alpha, a, b, stride_b, beta, c, stride_c);
+    if (rows < ROWS) {
+      gemm_strip<ROWS - 1>(rows, columns, depth, alpha, a, b, beta, c, stride_c);
+      return;
+    }
+    constexpr int64_t width = kGemmColumns<T>;
+    const T* panel = b.data;
+    int64_t column = 0;
+    if constexpr (ROWS <= kGemmRows<T> / 2) {  // so few rows leave registers for twice the columns
+      for (; b.panel == width && column + 2 * width <= columns;
+           column += 2 * width, panel += 2 * width) {
+        gemm_block<ROWS, 4>(depth, alpha, a, panel, b.stride, beta, c + column, stride_c);
+      }
+    }
+    // Three vectors at the end, where they fit the registers, rather than two and one.
+    constexpr bool wide = 3 * ROWS + 4 <= (sizeof(T) * Vector<T>::size() >= 64 ? 32 : 16);
+    const int64_t pairs =
+        wide && b.panel == width && columns % width != 0 ? columns - width : columns;
+    for (; column + width <= pairs; column += width, panel += b.panel) {
+      gemm_block<ROWS, 2>(depth, alpha, a, panel, b.stride, beta, c + column, stride_c);
+    }
+    if constexpr (wide) {
+      if (columns - column == width + Vector<T>::size()) {
+        gemm_block<ROWS, 3>(depth, alpha, a, panel, b.stride, beta, c + column, stride_c);
+        return;
+      }
+    }
+    if (column < columns) {
+      gemm_block<ROWS, 1>(depth, alpha, a, panel, b.stride, beta, c + column, stride_c);
     }
   }
 }
 
-// packed[p, j] = b(p, j) for a panel of `columns` columns, filled up with zeros.
+// C[rows, columns] = alpha A B + beta C for whole vectors of columns. C is not read when beta is 0.
 template <typename T>
-inline void pack_panel(Strided<T> b, int64_t depth, int64_t columns, T* packed) {
+void multiply(int64_t rows, int64_t columns, int64_t depth, T alpha, Strided<T> a, Panels<T> b,
+              T beta, T* c, int64_t stride_c) {
+  constexpr int64_t height = kGemmRows<T>;
+  for (int64_t row = 0; row < rows; row += height) {
+    gemm_strip<height>(std::min(height, rows - row), columns, depth, alpha, a.from(row, 0), b, beta,
+                       c + row * stride_c, stride_c);
+  }
+}
+
+// target[p, j] = factor source[j, p] for a square of one vector's lanes.
+inline void transpose_square(const float* source, int64_t stride, float factor, float* target,
+                             int64_t target_stride) {
+#if defined(CPU_CAPABILITY_AVX512)
+  // Quarter m of the rows goes to 128-bit lane m while it is loaded; 4 x 4 squares are left.
+  const __m512 scale = _mm512_set1_ps(factor);
+  for (int p = 0; p < 16; p += 4) {
+    __m512 rows[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      const float* first = source + r * stride + p;
+      rows[r] = _mm512_castps128_ps512(_mm_loadu_ps(first));
+      rows[r] = _mm512_insertf32x4(rows[r], _mm_loadu_ps(first + 4 * stride), 1);
+      rows[r] = _mm512_insertf32x4(rows[r], _mm_loadu_ps(first + 8 * stride), 2);
+      rows[r] = _mm512_insertf32x4(rows[r], _mm_loadu_ps(first + 12 * stride), 3);
+    }
+    const __m512d low = _mm512_castps_pd(_mm512_unpacklo_ps(rows[0], rows[1]));
+    const __m512d high = _mm512_castps_pd(_mm512_unpackhi_ps(rows[0], rows[1]));
+    const __m512d other_low = _mm512_castps_pd(_mm512_unpacklo_ps(rows[2], rows[3]));
+    const __m512d other_high = _mm512_castps_pd(_mm512_unpackhi_ps(rows[2], rows[3]));
+    float* out = target + p * target_stride;
+    const __m512d columns[4] = {
+        _mm512_unpacklo_pd(low, other_low), _mm512_unpackhi_pd(low, other_low),
+        _mm512_unpacklo_pd(high, other_high), _mm512_unpackhi_pd(high, other_high)};
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      _mm512_storeu_ps(out + r * target_stride, _mm512_castpd_ps(columns[r]) * scale);
+    }
+  }
+#elif defined(CPU_CAPABILITY_AVX2)
+  at::vec::transpose_mxn<float, 8, 8>(source, stride, target, target_stride);
+  for (int p = 0; p < 8; ++p) {
+    (Vector<float>::loadu(target + p * target_stride) * Vector<float>(factor))
+        .store(target + p * target_stride);
+  }
+#else
+  for (int64_t p = 0; p < Vector<float>::size(); ++p) {
+    for (int64_t j = 0; j < Vector<float>::size(); ++j) {
+      target[p * target_stride + j] = factor * source[j * stride + p];
+    }
+  }
+#endif
+}
+
+// packed[p, j] = factor b(p, j) for a panel of `columns` columns, filled up with zeros.
+template <typename T>
+inline void pack_panel(Strided<T> b, int64_t depth, int64_t columns, T factor, T* packed) {
   constexpr int64_t width = kGemmColumns<T>;
   [[maybe_unused]] constexpr int64_t lanes = Vector<T>::size();
   if (columns < width) std::fill(packed, packed + depth * width, T(0));
   int64_t done = 0;  // depth already packed by square transposes
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   if constexpr (std::is_same_v<T, float>) {
     if (b.row == 1 && columns == width) {
       for (; done + lanes <= depth; done += lanes) {
         for (int64_t j = 0; j < width; j += lanes) {
-          at::vec::transpose_mxn<float, lanes, lanes>(b.data + done + j * b.column, b.column,
-                                                      packed + done * width + j, width);
+          transpose_square(b.data + done + j * b.column, b.column, factor,
+                           packed + done * width + j, width);
         }
       }
     }
   }
-#endif
   for (int64_t p = done; p < depth; ++p) {
-    for (int64_t j = 0; j < columns; ++j) packed[p * width + j] = b.data[p * b.row + j * b.column];
+    for (int64_t j = 0; j < columns; ++j) {
+      packed[p * width + j] = factor * b.data[p * b.row + j * b.column];
+    }
   }
 }
 
-// C[m, n] = alpha op(A) op(B) + beta C. op(A) is [m, k], op(B) is [k, n]; A and B are stored as [m,
-// k] and [k, n] (normal) or as [k, m] and [n, k] (transposed), each with its own row stride. C is
-// not read when beta is 0.
+// All panels of b[depth, columns].
 template <typename T>
-void gemm(Layout layout_a, Layout layout_b, int64_t m, int64_t n, int64_t k, T alpha, const T* a,
-          int64_t stride_a, const T* b, int64_t stride_b, T beta, T* c, int64_t stride_c) {
-  constexpr int64_t width = kGemmColumns<T>, height = kGemmRows<T>;
-  const bool a_transposed = layout_a == Layout::transposed;
-  const bool b_transposed = layout_b == Layout::transposed;
-  const Strided<T> all_a{a, a_transposed ? 1 : stride_a, a_transposed ? stride_a : 1};
-  const Strided<T> all_b{b, b_transposed ? 1 : stride_b, b_transposed ? stride_b : 1};
-  alignas(64) T packed[kGemmDepth<T> * width];
-  alignas(64) T edge[height * width];
-
-  // At least one round, so that k = 0 still scales C.
-  for (int64_t start = 0; start == 0 || start < k; start += kGemmDepth<T>) {
-    const int64_t depth = std::min(kGemmDepth<T>, k - start);
-    const T factor = start == 0 ? beta : T(1);
-    for (int64_t column = 0; column < n; column += width) {
-      const int64_t columns = std::min(width, n - column);
-      const Strided<T> panel{all_b.data + start * all_b.row + column * all_b.column, all_b.row,
-                             all_b.column};
-      const bool in_place = !b_transposed && columns == width;
-      if (!in_place) pack_panel(panel, depth, columns, packed);
-      const T* values = in_place ? panel.data : packed;
-      const int64_t value_stride = in_place ? stride_b : width;
-      for (int64_t row = 0; row < m; row += height) {
-        const int64_t rows = std::min(height, m - row);
-        const Strided<T> left{all_a.data + row * all_a.row + start * all_a.column, all_a.row,
-                              all_a.column};
-        T* target = c + row * stride_c + column;
-        if (columns == width) {
-          gemm_rows<height>(rows, depth, alpha, left, values, value_stride, factor, target,
-                            stride_c);
-          continue;
-        }
-        gemm_rows<height>(rows, depth, alpha, left, values, value_stride, T(0), edge, width);
-        for (int64_t i = 0; i < rows; ++i) {
-          for (int64_t j = 0; j < columns; ++j) {
-            T& value = target[i * stride_c + j];
-            value = edge[i * width + j] + (factor == T(0) ? T(0) : factor * value);
-          }
-        }
-      }
-    }
+Panels<T> pack(Strided<T> b, int64_t depth, int64_t columns, T factor, T* packed) {
+  constexpr int64_t width = kGemmColumns<T>;
+  const Panels<T> panels = packed_panels(packed, depth);
+  for (int64_t column = 0; column < columns; column += width) {
+    pack_panel({b.data + column * b.column, b.row, b.column}, depth,
+               std::min(width, columns - column), factor, packed + column / width * panels.panel);
   }
+  return panels;
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 
@@ -15,5 +16,14 @@ int64_t thread_count();
 // A process forked after threads were used has lost them, and would wait for ever for their work.
 // The first call in such a child therefore sets PyTorch to one thread.
 void parallel_for(int64_t tasks, const std::function<void(int64_t task, int64_t slot)>& body);
+
+// Calls body(begin, end) on pieces of [0, count) of `piece` items each, in parallel. A single piece
+// runs in the calling thread: choose pieces large enough to pay for waking the others.
+template <typename Body>
+void for_each_piece(int64_t count, int64_t piece, const Body& body) {
+  parallel_for((count + piece - 1) / piece, [&](int64_t task, int64_t) {
+    body(task * piece, std::min(count, (task + 1) * piece));
+  });
+}
 
 }  // namespace driftar::cpu

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 
 namespace driftar::cpu {
 
@@ -22,14 +23,6 @@ constexpr int64_t kTaskElements = 1 << 15;
 SigmaMap sigma_map(double sigma_max, double tau, double entropy_max) {
   const double range = std::expm1(entropy_max / tau);
   return {sigma_max, tau, entropy_max, std::abs(range) < 1e-8 ? 1e-8 : range};
-}
-
-// Calls body(begin, end) on pieces of [0, count) of `piece` items each, in parallel.
-template <typename Body>
-void for_each_piece(int64_t count, int64_t piece, const Body& body) {
-  parallel_for((count + piece - 1) / piece, [&](int64_t task, int64_t) {
-    body(task * piece, std::min(count, (task + 1) * piece));
-  });
 }
 
 Tensor entropy_to_sigma(const Tensor& entropy, double sigma_max, double tau, double entropy_max) {
@@ -49,6 +42,36 @@ Tensor entropy_to_sigma(const Tensor& entropy, double sigma_max, double tau, dou
     });
   });
   return sigma;
+}
+
+Tensor entropy_to_sigma_backward(const Tensor& grad, const Tensor& entropy, double sigma_max,
+                                 double tau, double entropy_max) {
+  const char* op = "entropy_to_sigma_backward";
+  check_floating(op, "entropy", entropy);
+  TORCH_CHECK_TYPE(grad.scalar_type() == accumulation_type(entropy.scalar_type()), op,
+                   ": grad must have the dtype of sigma, got ", grad.scalar_type());
+  check_shape(op, "grad", grad, entropy.sizes());
+  const Tensor values = entropy.contiguous(), grads = grad.contiguous();
+  const Tensor result = at::empty(entropy.sizes(), entropy.options());
+  const SigmaMap map = sigma_map(sigma_max, tau, entropy_max);
+  dispatch_floating(entropy.scalar_type(), [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    const auto* in = grads.const_data_ptr<accumulate_t<scalar_t>>();
+    const scalar_t* at = values.const_data_ptr<scalar_t>();
+    scalar_t* out = result.mutable_data_ptr<scalar_t>();
+    dispatch_isa([&](auto isa) {
+      using Kernel = PriorKernel<decltype(isa)::value, scalar_t>;
+      for_each_piece(values.numel(), kTaskElements, [&](int64_t begin, int64_t end) {
+        Kernel::sigma_backward(map, in, at, begin, end, out);
+      });
+    });
+  });
+  return result;
+}
+
+// Rows handled by one task.
+int64_t rows_per_task(int64_t width) {
+  return std::max<int64_t>(kTaskElements / std::max<int64_t>(width, 1), 1);
 }
 
 Tensor entropy_prior(const Tensor& mean, const Tensor& entropy, const Tensor& noise,
@@ -74,19 +97,57 @@ Tensor entropy_prior(const Tensor& mean, const Tensor& entropy, const Tensor& no
                                    out.mutable_data_ptr<scalar_t>()};
     dispatch_isa([&](auto isa) {
       using Kernel = PriorKernel<decltype(isa)::value, scalar_t>;
-      const int64_t piece = std::max<int64_t>(kTaskElements / call.width, 1);
-      for_each_piece(entropies.numel(), piece,
+      for_each_piece(entropies.numel(), rows_per_task(call.width),
                      [&](int64_t begin, int64_t end) { Kernel::sample(call, begin, end); });
     });
   });
   return out;
 }
 
+std::tuple<Tensor, Tensor> entropy_prior_backward(const Tensor& grad, const Tensor& entropy,
+                                                  const Tensor& noise, double sigma_max, double tau,
+                                                  double entropy_max, bool need_entropy,
+                                                  bool need_noise) {
+  const char* op = "entropy_prior_backward";
+  check_floating(op, "grad", grad);
+  check_floating(op, "entropy", entropy);
+  TORCH_CHECK_VALUE(grad.dim() >= 1, op, ": grad must have at least 1 dimension");
+  check_like(op, "noise", noise, grad);
+  check_shape(op, "noise", noise, grad.sizes());
+  check_shape(op, "entropy", entropy, grad.sizes().slice(0, grad.dim() - 1));
+  const Tensor grads = grad.contiguous(), noises = noise.contiguous();
+  const Tensor entropies = entropy.to(accumulation_type(grad.scalar_type())).contiguous();
+  const Tensor grad_entropy = need_entropy ? at::empty(entropy.sizes(), entropies.options())
+                                           : at::empty({0}, entropies.options());
+  const Tensor grad_noise =
+      need_noise ? at::empty(grad.sizes(), grad.options()) : at::empty({0}, grad.options());
+  dispatch_floating(grad.scalar_type(), [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    const PriorBackwardCall<scalar_t> call{
+        sigma_map(sigma_max, tau, entropy_max),
+        grad.size(-1),
+        entropies.const_data_ptr<accumulate_t<scalar_t>>(),
+        grads.const_data_ptr<scalar_t>(),
+        noises.const_data_ptr<scalar_t>(),
+        need_entropy ? grad_entropy.mutable_data_ptr<accumulate_t<scalar_t>>() : nullptr,
+        need_noise ? grad_noise.mutable_data_ptr<scalar_t>() : nullptr};
+    dispatch_isa([&](auto isa) {
+      using Kernel = PriorKernel<decltype(isa)::value, scalar_t>;
+      for_each_piece(entropies.numel(), rows_per_task(call.width), [&](int64_t begin, int64_t end) {
+        Kernel::sample_backward(call, begin, end);
+      });
+    });
+  });
+  return {grad_entropy.to(entropy.scalar_type()), grad_noise};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(driftar, CPU, library) {
   library.impl("entropy_to_sigma", &entropy_to_sigma);
+  library.impl("entropy_to_sigma_backward", &entropy_to_sigma_backward);
   library.impl("entropy_prior", &entropy_prior);
+  library.impl("entropy_prior_backward", &entropy_prior_backward);
 }
 
 }  // namespace driftar::cpu

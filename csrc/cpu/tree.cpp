@@ -8,8 +8,11 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <tuple>
+#include <vector>
 
 namespace driftar::cpu {
 
@@ -18,10 +21,19 @@ namespace {
 using at::Tensor;
 using Verdict = std::tuple<Tensor, Tensor, Tensor>;
 
-// Walks every sample; judge(kernel, b, accept) fills accept[b, :] first.
-template <typename Judge>
-Verdict walk(const char* op, const Tensor& parents, int64_t batch, int64_t nodes, int64_t max_depth,
-             bool* accept, const Judge& judge) {
+// Work of one task, enough to outweigh waking a thread.
+constexpr int64_t kTaskElements = 1 << 15;  // compared
+constexpr int64_t kTaskNodes = 1 << 13;     // walked
+constexpr int64_t kTaskBytes = 1 << 18;     // moved
+
+// How many items of `size` make up a task of `total`.
+int64_t items_per_task(int64_t total, int64_t size) {
+  return std::max<int64_t>(total / std::max<int64_t>(size, 1), 1);
+}
+
+// accept bool [B, N], contiguous
+Verdict walk(const char* op, const Tensor& parents, const Tensor& accept, int64_t max_depth) {
+  const int64_t batch = accept.size(0), nodes = accept.size(1);
   TORCH_CHECK_VALUE(max_depth >= 0, op, ": max_depth must be at least 0, got ", max_depth);
   const Tensor values = checked_parents(op, parents, batch);
   TORCH_CHECK_VALUE(values.size(1) == nodes, op, ": parents must have ", nodes, " nodes, got ",
@@ -36,14 +48,15 @@ Verdict walk(const char* op, const Tensor& parents, int64_t batch, int64_t nodes
                       length.mutable_data_ptr<int64_t>(),
                       path.mutable_data_ptr<int64_t>(),
                       node.mutable_data_ptr<int64_t>()};
-  const Tensor scratch = at::empty({thread_count(), walk_scratch(call)}, index);
-  int64_t* memory = scratch.mutable_data_ptr<int64_t>();
+  const bool* accepted = accept.const_data_ptr<bool>();
   std::atomic<bool> fits{true};
   dispatch_isa([&](auto isa) {
     using Kernel = TreeKernel<decltype(isa)::value>;
-    parallel_for(batch, [&](int64_t b, int64_t slot) {
-      judge(Kernel{}, b, accept);
-      if (!Kernel::walk(call, accept, b, memory + slot * walk_scratch(call))) fits = false;
+    for_each_piece(batch, items_per_task(kTaskNodes, nodes), [&](int64_t begin, int64_t end) {
+      std::vector<int64_t> level(nodes);
+      for (int64_t b = begin; b < end; ++b) {
+        if (!Kernel::walk(call, accepted, b, level.data())) fits = false;
+      }
     });
   });
   TORCH_CHECK_VALUE(fits, op, ": max_depth must be at least the depth of the tree, got ",
@@ -55,10 +68,7 @@ Verdict walk_tree(const Tensor& parents, const Tensor& accept, int64_t max_depth
   check_rank("walk_tree", "accept", accept, 2);
   TORCH_CHECK_TYPE(accept.scalar_type() == at::kBool, "walk_tree: accept must be bool, got ",
                    accept.scalar_type());
-  const Tensor contiguous = accept.contiguous();
-  // The walk only reads: nothing is judged here.
-  return walk("walk_tree", parents, accept.size(0), accept.size(1), max_depth,
-              const_cast<bool*>(contiguous.const_data_ptr<bool>()), [](auto, int64_t, bool*) {});
+  return walk("walk_tree", parents, accept.contiguous(), max_depth);
 }
 
 Verdict verify_tree(const Tensor& parents, const Tensor& draft, const Tensor& target,
@@ -67,18 +77,22 @@ Verdict verify_tree(const Tensor& parents, const Tensor& draft, const Tensor& ta
   check_rank("verify_tree", "draft", draft, 3);
   check_like("verify_tree", "target", target, draft);
   check_shape("verify_tree", "target", target, draft.sizes());
-  const int64_t batch = draft.size(0), nodes = draft.size(1);
   const Tensor drafts = draft.contiguous(), targets = target.contiguous();
-  const Tensor accept = at::empty({batch, nodes}, draft.options().dtype(at::kBool));
-  return dispatch_floating(draft.scalar_type(), [&](auto tag) {
+  const Tensor accept = at::empty({draft.size(0), draft.size(1)}, draft.options().dtype(at::kBool));
+  bool* accepted = accept.mutable_data_ptr<bool>();
+  dispatch_floating(draft.scalar_type(), [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     const VerifyCall<scalar_t> call{draft.size(2), static_cast<accumulate_t<scalar_t>>(tolerance),
                                     drafts.const_data_ptr<scalar_t>(),
                                     targets.const_data_ptr<scalar_t>()};
-    return walk(
-        "verify_tree", parents, batch, nodes, max_depth, accept.mutable_data_ptr<bool>(),
-        [&](auto kernel, int64_t b, bool* accepted) { kernel.agree(call, nodes, b, accepted); });
+    dispatch_isa([&](auto isa) {
+      using Kernel = TreeKernel<decltype(isa)::value>;
+      for_each_piece(
+          accept.numel(), items_per_task(kTaskElements, call.width),
+          [&](int64_t begin, int64_t end) { Kernel::agree(call, begin, end, accepted); });
+    });
   });
+  return walk("verify_tree", parents, accept, max_depth);
 }
 
 std::tuple<Tensor, Tensor> verify_chain(const Tensor& draft, const Tensor& draft_mean,
@@ -99,24 +113,44 @@ std::tuple<Tensor, Tensor> verify_chain(const Tensor& draft, const Tensor& draft
   TORCH_CHECK_VALUE(seed.scalar_type() == at::kLong && seed.numel() == 1 && seed.is_cpu(), op,
                     ": seed must hold one int64");
 
-  const auto wide = [](const Tensor& x) { return x.to(at::kDouble).contiguous(); };
-  const Tensor drafts = wide(draft), draft_means = wide(draft_mean), draft_stds = wide(draft_std);
-  const Tensor target_means = wide(target_mean), target_stds = wide(target_std);
+  const auto refuse_unusable = [op](const char* name, const Tensor& std) {
+    const bool usable = dispatch_floating(std.scalar_type(), [&](auto tag) {
+      using scalar_t = typename decltype(tag)::type;
+      const scalar_t* values = std.const_data_ptr<scalar_t>();
+      return std::all_of(values, values + std.numel(), [](scalar_t value) {
+        const double x = static_cast<double>(value);
+        return x >= 0 && std::isfinite(x);
+      });
+    });
+    TORCH_CHECK_VALUE(usable, op, ": ", name, " must be finite and >= 0");
+  };
+  const Tensor drafts = draft.contiguous(), draft_means = draft_mean.contiguous(),
+               draft_stds = draft_std.contiguous(), target_means = target_mean.contiguous(),
+               target_stds = target_std.contiguous();
+  refuse_unusable("draft_std", draft_stds);
+  refuse_unusable("target_std", target_stds);
   const Tensor length = at::empty({batch}, draft.options().dtype(at::kLong));
   const Tensor sample = at::empty({batch, width}, draft.options().dtype(at::kDouble));
-  const ChainCall call{count,
-                       width,
-                       drafts.const_data_ptr<double>(),
-                       draft_means.const_data_ptr<double>(),
-                       draft_stds.const_data_ptr<double>(),
-                       target_means.const_data_ptr<double>(),
-                       target_stds.const_data_ptr<double>(),
-                       static_cast<uint64_t>(*seed.const_data_ptr<int64_t>()),
-                       length.mutable_data_ptr<int64_t>(),
-                       sample.mutable_data_ptr<double>()};
-  dispatch_isa([&](auto isa) {
-    using Kernel = TreeKernel<decltype(isa)::value>;
-    parallel_for(batch, [&](int64_t b, int64_t) { Kernel::verify_chain(call, b); });
+  dispatch_floating(draft.scalar_type(), [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    const ChainCall<scalar_t> call{count,
+                                   width,
+                                   drafts.const_data_ptr<scalar_t>(),
+                                   draft_means.const_data_ptr<scalar_t>(),
+                                   draft_stds.const_data_ptr<scalar_t>(),
+                                   target_means.const_data_ptr<scalar_t>(),
+                                   target_stds.const_data_ptr<scalar_t>(),
+                                   static_cast<uint64_t>(*seed.const_data_ptr<int64_t>()),
+                                   length.mutable_data_ptr<int64_t>(),
+                                   sample.mutable_data_ptr<double>()};
+    dispatch_isa([&](auto isa) {
+      using Kernel = TreeKernel<decltype(isa)::value>;
+      // Every sample draws D normal numbers, each the work of some fifty comparisons.
+      for_each_piece(batch, items_per_task(kTaskElements, 50 * width),
+                     [&](int64_t begin, int64_t end) {
+                       for (int64_t b = begin; b < end; ++b) Kernel::verify_chain(call, b);
+                     });
+    });
   });
   return {length, sample.to(accumulation_type(draft.scalar_type()))};
 }
@@ -183,7 +217,9 @@ Tensor commit_path(const Tensor& key_cache, const Tensor& value_cache, const Ten
                           steps.const_data_ptr<int64_t>()};
     dispatch_isa([&](auto isa) {
       using Kernel = TreeKernel<decltype(isa)::value>;
-      parallel_for(batch, [&](int64_t b, int64_t) { Kernel::commit(call, b); });
+      for_each_piece(batch * call.heads,
+                     items_per_task(kTaskBytes, call.max_depth * call.width * element),
+                     [&](int64_t begin, int64_t end) { Kernel::commit(call, begin, end); });
     });
   }
   return prefix + steps;

@@ -1,6 +1,6 @@
 #pragma once
 
-// Draft trees on the CPU as their kernels see them: raw pointers and sizes, one sample per task.
+// Draft trees on the CPU as their kernels see them: raw pointers and sizes.
 
 #include "../common/accumulate.h"
 #include "isa.h"
@@ -26,10 +26,11 @@ struct VerifyCall {
   const scalar_t *draft, *target;  // [B, N, D], contiguous
 };
 
-// Widened to double, contiguous; shapes as in the Python function.
+// Contiguous; shapes as in the Python function.
+template <typename scalar_t>
 struct ChainCall {
   int64_t count, width;
-  const double *draft, *draft_mean, *draft_std, *target_mean, *target_std;
+  const scalar_t *draft, *draft_mean, *draft_std, *target_mean, *target_std;
   uint64_t seed;
   int64_t* length;      // [B]
   double* next_sample;  // [B, D]
@@ -44,25 +45,26 @@ struct CommitCall {
   const int64_t *key_lengths, *path, *length;  // [B], [B, max_depth], [B]
 };
 
-// Scratch of one thread, in int64: the level of every node.
-inline int64_t walk_scratch(const WalkCall& call) { return call.nodes; }
-
 // A residual sample is abandoned after this many proposals; the emitted distribution then differs
 // from the target's by at most 1 / (e kMaxProposals) in total variation.
 constexpr int64_t kMaxProposals = int64_t{1} << 20;
 
 template <Isa isa>
 struct TreeKernel {
-  // accept bool [B, N]. Returns false when a surviving path is longer than max_depth.
-  static bool walk(const WalkCall& call, const bool* accept, int64_t b, int64_t* memory);
+  // Sample b; accept bool [B, N], level [N] is scratch. Returns false when a surviving path is
+  // longer than max_depth.
+  static bool walk(const WalkCall& call, const bool* accept, int64_t b, int64_t* level);
 
-  // accept[b, :] = ||draft - target|| <= tolerance
+  // accept[node] = ||draft - target|| <= tolerance for the nodes [begin, end) of [B * N]
   template <typename scalar_t>
-  static void agree(const VerifyCall<scalar_t>& call, int64_t nodes, int64_t b, bool* accept);
+  static void agree(const VerifyCall<scalar_t>& call, int64_t begin, int64_t end, bool* accept);
 
-  static void verify_chain(const ChainCall& call, int64_t b);
+  // Sample b.
+  template <typename scalar_t>
+  static void verify_chain(const ChainCall<scalar_t>& call, int64_t b);
 
-  static void commit(const CommitCall& call, int64_t b);
+  // The heads [begin, end) of [B * H].
+  static void commit(const CommitCall& call, int64_t begin, int64_t end);
 };
 
 }  // namespace driftar::cpu

@@ -12,14 +12,16 @@ namespace driftar::cpu {
 
 namespace {
 
-bool finite(const double* x, int64_t count) {
+template <typename scalar_t>
+bool finite(const scalar_t* x, int64_t count) {
   for (int64_t d = 0; d < count; ++d) {
-    if (!std::isfinite(x[d])) return false;
+    if (!std::isfinite(static_cast<double>(x[d]))) return false;
   }
   return true;
 }
 
-bool equal(const double* a, const double* b, int64_t count) {
+template <typename scalar_t>
+bool equal(const scalar_t* a, const scalar_t* b, int64_t count) {
   for (int64_t d = 0; d < count; ++d) {
     if (a[d] != b[d]) return false;
   }
@@ -27,35 +29,47 @@ bool equal(const double* a, const double* b, int64_t count) {
 }
 
 // An isotropic Gaussian in D dimensions.
+template <typename scalar_t>
 struct Gaussian {
-  const double* mean;
+  const scalar_t* mean;
   double std;
   bool usable(int64_t width) const { return std::isfinite(std) && std >= 0 && finite(mean, width); }
 };
 
 // log N(x; p) - log N(x; q), summed as differences per dimension.
-double log_ratio(const double* x, const Gaussian& p, const Gaussian& q, int64_t width) {
+template <typename scalar_t>
+double log_ratio(const scalar_t* x, const Gaussian<scalar_t>& p, const Gaussian<scalar_t>& q,
+                 int64_t width) {
+  const double per_q = 1 / q.std, per_p = 1 / p.std;
   double sum = 0;
+#pragma omp simd reduction(+ : sum)
   for (int64_t d = 0; d < width; ++d) {
-    const double from_q = (x[d] - q.mean[d]) / q.std, from_p = (x[d] - p.mean[d]) / p.std;
+    const double value = static_cast<double>(x[d]);
+    const double from_q = (value - static_cast<double>(q.mean[d])) * per_q;
+    const double from_p = (value - static_cast<double>(p.mean[d])) * per_p;
     sum += (from_q - from_p) * (from_q + from_p);
   }
   return 0.5 * sum + width * (std::log(q.std) - std::log(p.std));
 }
 
-void sample_gaussian(const Gaussian& p, int64_t width, Philox& random, double* out) {
-  for (int64_t d = 0; d < width; ++d) out[d] = p.mean[d] + p.std * random.normal();
+template <typename scalar_t>
+void sample_gaussian(const Gaussian<scalar_t>& p, int64_t width, Philox& random, double* out) {
+  for (int64_t d = 0; d < width; ++d) {
+    out[d] = static_cast<double>(p.mean[d]) + p.std * random.normal();
+  }
 }
 
 // Sample of (p - q)+, by proposing from p and keeping with probability 1 - min(1, q / p). The
 // densities depend on x = mean_p + std_p (a e + z), e along mean_p - mean_q and z orthogonal to it,
 // only through a and |z|^2, so that a proposal costs two random numbers whatever the dimension.
-void sample_residual(const Gaussian& p, const Gaussian& q, int64_t width, Philox& random,
-                     double* out) {
+template <typename scalar_t>
+void sample_residual(const Gaussian<scalar_t>& p, const Gaussian<scalar_t>& q, int64_t width,
+                     Philox& random, double* out) {
+  const auto apart = [&](int64_t d) {
+    return static_cast<double>(p.mean[d]) - static_cast<double>(q.mean[d]);
+  };
   double squared = 0;
-  for (int64_t d = 0; d < width; ++d) {
-    squared += (p.mean[d] - q.mean[d]) * (p.mean[d] - q.mean[d]);
-  }
+  for (int64_t d = 0; d < width; ++d) squared += apart(d) * apart(d);
   const double distance = std::sqrt(squared);
   const double constant = width * (std::log(q.std) - std::log(p.std));
   double along = 0, across = 0;
@@ -70,7 +84,7 @@ void sample_residual(const Gaussian& p, const Gaussian& q, int64_t width, Philox
   }
 
   const auto direction = [&](int64_t d) {
-    return distance > 0 ? (p.mean[d] - q.mean[d]) / distance : (d == 0 ? 1.0 : 0.0);
+    return distance > 0 ? apart(d) / distance : (d == 0 ? 1.0 : 0.0);
   };
   double component = 0, remaining = 0;
   for (int64_t d = 0; d < width; ++d) {
@@ -83,17 +97,17 @@ void sample_residual(const Gaussian& p, const Gaussian& q, int64_t width, Philox
   }
   const double stretch = across > 0 && remaining > 0 ? std::sqrt(across / remaining) : 0.0;
   for (int64_t d = 0; d < width; ++d) {
-    out[d] = p.mean[d] + p.std * (along * direction(d) + stretch * out[d]);
+    out[d] = static_cast<double>(p.mean[d]) + p.std * (along * direction(d) + stretch * out[d]);
   }
 }
 
 }  // namespace
 
 template <Isa isa>
-bool TreeKernel<isa>::walk(const WalkCall& call, const bool* accept, int64_t b, int64_t* memory) {
+bool TreeKernel<isa>::walk(const WalkCall& call, const bool* accept, int64_t b, int64_t* level) {
   const int64_t* parents = call.parents + b * call.parents_batch * call.nodes;
   const bool* accepted = accept + b * call.nodes;
-  int64_t* level = memory;  // 1 for a root; 0 marks a dead node
+  // Levels count from 1 for a root; 0 marks a dead node.
   int64_t best = -1, length = 0;
   for (int64_t node = 0; node < call.nodes; ++node) {
     const int64_t parent = parents[node];
@@ -115,31 +129,35 @@ bool TreeKernel<isa>::walk(const WalkCall& call, const bool* accept, int64_t b, 
 
 template <Isa isa>
 template <typename scalar_t>
-void TreeKernel<isa>::agree(const VerifyCall<scalar_t>& call, int64_t nodes, int64_t b,
+void TreeKernel<isa>::agree(const VerifyCall<scalar_t>& call, int64_t begin, int64_t end,
                             bool* accept) {
   using acc_t = accumulate_t<scalar_t>;
-  for (int64_t node = b * nodes; node < (b + 1) * nodes; ++node) {
+  for (int64_t node = begin; node < end; ++node) {
     const scalar_t* draft = call.draft + node * call.width;
     const scalar_t* target = call.target + node * call.width;
-    double sum = 0;
+    double sum = 0;  // squares of fp32 differences are exact in it
+#pragma omp simd reduction(+ : sum)
     for (int64_t d = 0; d < call.width; ++d) {
-      const double difference = static_cast<acc_t>(draft[d]) - static_cast<acc_t>(target[d]);
-      sum += difference * difference;
+      const acc_t difference = static_cast<acc_t>(draft[d]) - static_cast<acc_t>(target[d]);
+      sum += static_cast<double>(difference) * static_cast<double>(difference);
     }
     accept[node] = static_cast<acc_t>(std::sqrt(sum)) <= call.tolerance;  // false for NaN
   }
 }
 
 template <Isa isa>
-void TreeKernel<isa>::verify_chain(const ChainCall& call, int64_t b) {
+template <typename scalar_t>
+void TreeKernel<isa>::verify_chain(const ChainCall<scalar_t>& call, int64_t b) {
   const int64_t width = call.width, count = call.count;
   Philox random(call.seed, static_cast<uint64_t>(b));
   double* out = call.next_sample + b * width;
   for (int64_t k = 0; k < count; ++k) {
     const int64_t at = b * count + k;
-    const double* draft = call.draft + at * width;
-    const Gaussian q{call.draft_mean + at * width, call.draft_std[at]};
-    const Gaussian p{call.target_mean + (at + b) * width, call.target_std[at + b]};
+    const scalar_t* draft = call.draft + at * width;
+    const Gaussian<scalar_t> q{call.draft_mean + at * width,
+                               static_cast<double>(call.draft_std[at])};
+    const Gaussian<scalar_t> p{call.target_mean + (at + b) * width,
+                               static_cast<double>(call.target_std[at + b])};
     const double uniform = random.uniform();
     const bool usable = finite(draft, width) && q.usable(width) && p.usable(width);
     if (usable && p.std > 0 && q.std > 0) {
@@ -156,21 +174,24 @@ void TreeKernel<isa>::verify_chain(const ChainCall& call, int64_t b) {
     return;
   }
   const int64_t last = b * (count + 1) + count;
-  const Gaussian p{call.target_mean + last * width, call.target_std[last]};
+  const Gaussian<scalar_t> p{call.target_mean + last * width,
+                             static_cast<double>(call.target_std[last])};
   sample_gaussian(p, width, random, out);
   call.length[b] = count;
 }
 
 template <Isa isa>
-void TreeKernel<isa>::commit(const CommitCall& call, int64_t b) {
-  const int64_t* path = call.path + b * call.max_depth;
-  for (int64_t step = 0; step < call.length[b]; ++step) {
-    // Paths increase and path[step] >= step, so a row is read before anything is written over it.
-    if (path[step] == step) continue;
-    for (int64_t h = 0; h < call.heads; ++h) {
-      std::byte* head = call.cache + b * call.batch + h * call.head;
-      const std::byte* source = head + (call.key_lengths[b] + path[step]) * call.row;
-      std::byte* target = head + (call.key_lengths[b] + step) * call.row;
+void TreeKernel<isa>::commit(const CommitCall& call, int64_t begin, int64_t end) {
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t b = index / call.heads, h = index % call.heads;
+    const int64_t* path = call.path + b * call.max_depth;
+    std::byte* prefix_end =
+        call.cache + b * call.batch + h * call.head + call.key_lengths[b] * call.row;
+    for (int64_t step = 0; step < call.length[b]; ++step) {
+      // Paths increase and path[step] >= step, so a row is read before anything is written over it.
+      if (path[step] == step) continue;
+      const std::byte* source = prefix_end + path[step] * call.row;
+      std::byte* target = prefix_end + step * call.row;
       if (call.column == call.element) {
         std::memcpy(target, source, call.width * call.element);
         continue;
@@ -184,11 +205,13 @@ void TreeKernel<isa>::commit(const CommitCall& call, int64_t b) {
 
 constexpr Isa kIsa = Isa::DRIFTAR_ISA;
 template struct TreeKernel<kIsa>;
-template void TreeKernel<kIsa>::agree<float>(const VerifyCall<float>&, int64_t, int64_t, bool*);
-template void TreeKernel<kIsa>::agree<double>(const VerifyCall<double>&, int64_t, int64_t, bool*);
-template void TreeKernel<kIsa>::agree<c10::BFloat16>(const VerifyCall<c10::BFloat16>&, int64_t,
-                                                     int64_t, bool*);
-template void TreeKernel<kIsa>::agree<c10::Half>(const VerifyCall<c10::Half>&, int64_t, int64_t,
-                                                 bool*);
+template void TreeKernel<kIsa>::agree(const VerifyCall<float>&, int64_t, int64_t, bool*);
+template void TreeKernel<kIsa>::agree(const VerifyCall<double>&, int64_t, int64_t, bool*);
+template void TreeKernel<kIsa>::agree(const VerifyCall<c10::BFloat16>&, int64_t, int64_t, bool*);
+template void TreeKernel<kIsa>::agree(const VerifyCall<c10::Half>&, int64_t, int64_t, bool*);
+template void TreeKernel<kIsa>::verify_chain(const ChainCall<float>&, int64_t);
+template void TreeKernel<kIsa>::verify_chain(const ChainCall<double>&, int64_t);
+template void TreeKernel<kIsa>::verify_chain(const ChainCall<c10::BFloat16>&, int64_t);
+template void TreeKernel<kIsa>::verify_chain(const ChainCall<c10::Half>&, int64_t);
 
 }  // namespace driftar::cpu

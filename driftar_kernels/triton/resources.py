@@ -164,8 +164,11 @@ def _chain(width: int) -> None:
 
 def _prior(dtype: torch.dtype) -> None:
     mean, entropy = _empty(64, 256, 16, dtype=dtype), _empty(64, 256)
-    prior.entropy_to_sigma(entropy, 0.5, 2.0, 1.0)
-    prior.entropy_prior(mean, entropy, mean, 0.5, 2.0, 1.0)
+    settings = (0.5, 2.0, 1.0)
+    sigma = prior.entropy_to_sigma(entropy, *settings)
+    prior.entropy_to_sigma_backward(sigma, entropy, *settings)
+    prior.entropy_prior(mean, entropy, mean, *settings)
+    prior.entropy_prior_backward(mean, entropy, mean, *settings, True, True)
 
 
 def cases() -> dict[str, Callable[[], None]]:

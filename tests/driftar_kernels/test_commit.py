@@ -149,3 +149,11 @@ def test_commit_bad_input(
     with pytest.raises(error, match=argument):
         commit_path(**{**arguments, **change})
     assert torch.equal(arguments["key_cache"], key)
+
+
+def test_commit_of_many_heads_and_wide_rows(backend: str) -> None:
+    """Enough bytes that the heads of one sample are moved by several threads."""
+    parents = random_parents(64, batch=3, seed=1, depth=20)
+    verdict = walk_tree(DraftTree(parents), torch.rand(3, 64) < 0.95)
+    key, value = normal(3, 8, 130, 96, seed=1), normal(3, 8, 130, 64, seed=2)
+    check_commit(key, value, torch.tensor([0, 66, 31]), verdict)

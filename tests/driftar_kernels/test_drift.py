@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from driftar_kernels import DriftField, drift_field, drift_loss
+from driftar_kernels import DriftField, drift, drift_field, drift_loss
 from tests.helpers import oracle
 from tests.helpers.drifting import check
 from tests.helpers.inputs import drift_inputs, golden
@@ -139,9 +139,11 @@ def test_regimes(
     check(gen, pos, neg)
 
 
-def test_one_large_problem(backend: str) -> None:
-    """Enough points that a backend must not keep the distances."""
-    gen, pos, neg, keywords = drift_inputs(1, size(700, 260), size(800, 720), 50, 6, weighted=True)
+@pytest.mark.parametrize("limit", [0, drift.MAX_KEPT], ids=["recomputed", "kept"])
+def test_one_large_problem(backend: str, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """Distances are kept between the passes, or computed again where they are too many."""
+    monkeypatch.setattr(drift, "MAX_KEPT", limit)
+    gen, pos, neg, keywords = drift_inputs(1, size(700, 260), size(800, 310), 50, 6, weighted=True)
     check(gen, pos, neg, temperatures=(0.2, 1.0), **keywords)
 
 

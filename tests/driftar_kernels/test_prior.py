@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -113,6 +114,47 @@ def test_gradients(backend: str, tau: float) -> None:
     (summed,) = torch.autograd.grad(entropy_to_sigma(leaves[1], tau=tau).sum(), leaves[1])
     (right,) = torch.autograd.grad(oracle.sigma(exact[1], tau=tau).sum(), exact[1])
     torch.testing.assert_close(summed.double(), right, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 17, 511, 513, 40_000])
+def test_lengths_that_fill_no_block(backend: str, length: int) -> None:
+    entropy = torch.linspace(-0.1, 1.1, length)
+    mean, noise = normal(length, 3, seed=1), normal(length, 3, seed=2)
+    assert_close_to_truth(entropy_to_sigma(entropy), oracle.sigma(entropy), floor=1e-6)
+    leaves = tuple(t.requires_grad_() for t in (mean, entropy, noise))
+    weight = normal(length, 3, seed=3)
+    found = torch.autograd.grad(entropy_prior(*leaves), leaves, weight)
+    exact = tuple(t.detach().double().requires_grad_() for t in leaves)
+    truth = exact[0] + oracle.sigma(exact[1])[:, None] * exact[2]
+    for left, right in zip(found, torch.autograd.grad(truth, exact, weight.double()), strict=True):
+        torch.testing.assert_close(left.double(), right, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_gradient_of_one_argument_alone(backend: str, dtype: torch.dtype, which: int) -> None:
+    inputs = [normal(4, 6, seed=1, dtype=dtype), torch.rand(4), normal(4, 6, seed=2, dtype=dtype)]
+    inputs[which].requires_grad_()
+    weight = normal(4, 6, seed=3, dtype=dtype)
+    (found,) = torch.autograd.grad(entropy_prior(*inputs), inputs[which], weight)
+    exact = [t.detach().double() for t in inputs]
+    exact[which].requires_grad_()
+    truth = exact[0] + oracle.sigma(exact[1])[:, None] * exact[2]
+    (expected,) = torch.autograd.grad(truth, exact[which], weight.double())
+    assert found.dtype == inputs[which].dtype
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_forward_derivatives_are_right_or_raise(backend: str) -> None:
+    """A native operator must not drop the tangent, whichever way it is called."""
+    entropy = torch.tensor([0.3, 0.7])
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(entropy, torch.ones(2))
+        try:
+            tangent = forward_ad.unpack_dual(entropy_to_sigma(dual)).tangent
+        except RuntimeError:
+            return
+        assert tangent is not None and bool((tangent > 0).all())
 
 
 def test_gradient_is_zero_outside_the_range(backend: str) -> None:

@@ -202,6 +202,32 @@ CASES: dict[str, AttentionCase] = {
             "key_lengths": torch.tensor([44, 17]),
         },
     ),
+    "one_query": AttentionCase(
+        queries=1,
+        keys=300,
+        dim=24,
+        options=lambda c, s: {"entropy_from": 37, "key_lengths": torch.tensor([300, 270])},
+    ),
+    "few_queries_per_group": AttentionCase(
+        heads=8,
+        kv_heads=2,
+        queries=5,
+        keys=300,
+        options=lambda c, s: {
+            "entropy_from": 11,
+            "attn_mask": bool_mask(c.batch, c.heads, c.queries, c.keys, seed=s),
+        },
+    ),
+    "many_blocks": AttentionCase(
+        batch=1,
+        heads=2,
+        kv_heads=1,
+        queries=530,
+        keys=700,
+        dim=16,
+        value_dim=48,
+        options=lambda c, s: {"is_causal": True, "query_offset": 170, "entropy_from": 37},
+    ),
     "everything": AttentionCase(
         batch=3,
         heads=4,

@@ -1,0 +1,228 @@
+// Many small drifting problems: every task centres, packs and multiplies one problem stripe by
+// stripe, so that nothing but the inputs, the kept distances and the final force meets memory.
+
+#include "drift_gram.h"
+#include "drift_softmax.h"
+
+namespace driftar::cpu {
+
+namespace {
+
+// Features whose points are packed at a time for the distances.
+template <typename acc_t>
+constexpr int64_t kBatchDepth = 4 * kPanelWidth<acc_t>;
+
+// What the passes over one problem share.
+template <typename acc_t>
+struct ProblemMemory {
+  int64_t stride;
+  acc_t* stripe;  // [M padded, width]
+  acc_t* values;  // [N, M padded]: distances, then D
+  acc_t* rest;
+
+  ProblemMemory(int64_t generated, int64_t points, acc_t* memory)
+      : stride(row_length<acc_t>(points)),
+        stripe(memory),
+        values(stripe + stride * kPanelWidth<acc_t>),
+        rest(values + generated * stride) {
+    std::fill(stripe + points * kPanelWidth<acc_t>, values, acc_t(0));
+  }
+};
+
+// Calls visit(start, depth, by_point) for every block of features, with its points packed panels
+// kBatchDepth * width apart, and sums up the squared norms. by_point has room for M padded x
+// kBatchDepth.
+template <typename scalar_t, typename acc_t, typename Visitor>
+void each_packed(const DriftBatch<scalar_t>& call, int64_t b, acc_t* stripe, acc_t* norms,
+                 acc_t* by_point, Visitor&& visit) {
+  constexpr int64_t width = kPanelWidth<acc_t>, depth = kBatchDepth<acc_t>;
+  for (int64_t start = 0; start < call.features; start += depth) {
+    const int64_t end = std::min(start + depth, call.features);
+    for (int64_t first = start; first < end; first += width) {
+      centred_stripe(call, b, first, stripe);
+      transpose_stripe(stripe, call.points, std::min(width, end - first),
+                       by_point + (first - start) * width, depth * width, first > 0, norms);
+    }
+    visit(start, end - start, by_point);
+  }
+}
+
+template <typename scalar_t, typename acc_t>
+void distances_of(const DriftBatch<scalar_t>& call, int64_t b, const ProblemMemory<acc_t>& memory) {
+  constexpr int64_t panel_stride = kBatchDepth<acc_t> * kPanelWidth<acc_t>;
+  acc_t* norms = memory.rest;
+  each_packed(call, b, memory.stripe, norms, norms + memory.stride,
+              [&](int64_t start, int64_t depth, const acc_t* by_point) {
+                inner_products(by_point, panel_stride, depth, 0, call.generated, call.points,
+                               start > 0, memory.values, memory.stride);
+              });
+  products_to_distances(call, b, 0, call.generated, norms, memory.values);
+}
+
+// Where the coefficients of `sets` sums of points come from.
+template <typename acc_t>
+struct ForceMemory : ProblemMemory<acc_t> {
+  acc_t *w_neg, *w_pos;
+  acc_t* sums;          // [N, width]
+  acc_t* coefficients;  // [sets, N, M padded]
+  acc_t* affinity;      // [N, M padded]
+  acc_t *shifts, *columns, *row_totals;
+  Minima<acc_t> minima;
+
+  ForceMemory(int64_t generated, int64_t points, int64_t sets, acc_t* memory)
+      : ProblemMemory<acc_t>(generated, points, memory) {
+    const int64_t stride = this->stride, size = generated * stride;
+    w_neg = this->rest;
+    w_pos = w_neg + stride;
+    sums = w_pos + stride;
+    coefficients = sums + generated * kPanelWidth<acc_t>;
+    affinity = coefficients + sets * size;
+    shifts = affinity + size;
+    columns = shifts + stride;
+    row_totals = columns + stride;
+    minima = {0, 0, row_totals + generated, row_totals + 2 * generated};
+  }
+};
+
+// Calls visit(t, r, row) for every temperature and row of affinities before weighting.
+template <typename scalar_t, typename acc_t, typename Visitor>
+void each_affinity(const DriftBatch<scalar_t>& call, int64_t b, ForceMemory<acc_t>& memory,
+                   Visitor&& visit) {
+  const int64_t points = call.points, rows = call.generated;
+  const acc_t* distances = memory.values;
+  int64_t stride = memory.stride;
+  if (call.kept == nullptr) {
+    distances_of(call, b, memory);
+  } else {
+    distances = call.kept + b * rows * points;
+    stride = points;
+  }
+  scale_distances(distances, stride, 0, rows, points, call.scale, memory.values, memory.minima);
+  split_weights(call.weight + b * points, call.negatives(), points, memory.w_neg, memory.w_pos);
+  for (int64_t t = 0; t < call.temperature_count; ++t) {
+    whole_affinities(memory.values, rows, points, memory.minima, acc_t(1) / call.temperatures[t],
+                     memory.row_totals, memory.shifts, memory.columns, memory.affinity,
+                     [&](int64_t r, const acc_t* row) { visit(t, r, row); });
+  }
+}
+
+template <typename scalar_t>
+accumulate_t<scalar_t> inverse_unit(const DriftBatch<scalar_t>& call) {
+  using acc_t = accumulate_t<scalar_t>;
+  return 1 / std::max(call.scale / std::sqrt(static_cast<acc_t>(call.features)), acc_t(kMinScale));
+}
+
+template <typename scalar_t>
+bool uses_gram(const DriftBatch<scalar_t>& call) {
+  return gram_pays(call.generated, call.points, call.features, call.temperature_count);
+}
+
+// The norms and inner products of all points, at the end of the scratch memory.
+template <typename scalar_t>
+int64_t gram_scratch(const DriftBatch<scalar_t>& call) {
+  const int64_t size = panel_padded<accumulate_t<scalar_t>>(call.points);
+  return uses_gram(call) ? size * (size + 1) : 0;
+}
+
+}  // namespace
+
+template <Isa isa, typename scalar_t>
+int64_t DriftBatchKernel<isa, scalar_t>::scratch(const DriftBatch<scalar_t>& call) {
+  constexpr int64_t width = kPanelWidth<acc_t>;
+  const int64_t stride = row_length<acc_t>(call.points), rows = call.generated;
+  const int64_t problem = stride * width + rows * stride;
+  const int64_t distances = stride * (2 + kBatchDepth<acc_t>);
+  const int64_t forces =
+      (call.temperature_count + 1) * rows * stride + 5 * stride + 2 * rows + rows * width;
+  return problem + std::max(distances, forces) + gram_scratch(call);
+}
+
+template <Isa isa, typename scalar_t>
+double DriftBatchKernel<isa, scalar_t>::weighted_distance(const DriftBatch<scalar_t>& call,
+                                                          int64_t b, acc_t* memory) {
+  const int64_t points = call.points, rows = call.generated;
+  const ProblemMemory<acc_t> problem(rows, points, memory);
+  const int64_t stride = problem.stride;
+  distances_of(call, b, problem);
+  if (call.distances != nullptr) {
+    acc_t* kept = call.distances + b * rows * points;
+    for (int64_t r = 0; r < rows; ++r)
+      std::copy_n(problem.values + r * stride, points, kept + r * points);
+  }
+  acc_t* weight = problem.rest;
+  std::fill(std::copy_n(call.weight + b * points, points, weight), weight + stride, acc_t(0));
+  return weighted_sum(problem.values, rows, panel_padded<acc_t>(points), stride, weight);
+}
+
+template <Isa isa, typename scalar_t>
+void DriftBatchKernel<isa, scalar_t>::squares(const DriftBatch<scalar_t>& call, int64_t b,
+                                              acc_t* memory) {
+  constexpr int64_t width = kPanelWidth<acc_t>;
+  const int64_t points = call.points, rows = call.generated, count = call.temperature_count;
+  ForceMemory<acc_t> problem(rows, points, count, memory);
+  const int64_t stride = problem.stride;
+  acc_t* norms = memory + scratch(call) - gram_scratch(call);
+  acc_t* gram = norms + panel_padded<acc_t>(points);
+  if (uses_gram(call)) {
+    each_packed(call, b, problem.stripe, norms, problem.rest,
+                [&](int64_t start, int64_t depth, const acc_t* by_point) {
+                  add_gram(by_point, kBatchDepth<acc_t> * width, depth, points, start > 0, gram);
+                });
+    mirror_gram(points, gram);
+  }
+  const acc_t factor = inverse_unit(call);
+  each_affinity(call, b, problem, [&](int64_t t, int64_t r, const acc_t* affinity) {
+    coefficient_row(affinity, stride, problem.w_neg, problem.w_pos, factor, false,
+                    problem.coefficients + (t * rows + r) * stride);
+  });
+  double* squares = call.squares + b * count;
+  bool settled = uses_gram(call);
+  for (int64_t t = 0; t < count && settled; ++t) {
+    squares[t] = quadratic_form(problem.coefficients + t * rows * stride, rows, points, stride,
+                                gram, norms, problem.sums);
+    settled = squares[t] >= 0;
+  }
+  if (settled) return;
+  std::fill_n(squares, count, 0.0);
+  for (int64_t first = 0; first < call.features; first += width) {
+    centred_stripe(call, b, first, problem.stripe);
+    for (int64_t t = 0; t < count; ++t) {
+      weighted_sums(rows, points, problem.coefficients + t * rows * stride, stride, problem.stripe,
+                    problem.sums);
+      squares[t] += sum_of_squares(problem.sums, rows * width);
+    }
+  }
+}
+
+template <Isa isa, typename scalar_t>
+void DriftBatchKernel<isa, scalar_t>::combine(const DriftBatch<scalar_t>& call, int64_t b,
+                                              acc_t* memory) {
+  constexpr int64_t width = kPanelWidth<acc_t>;
+  const int64_t points = call.points, rows = call.generated, features = call.features;
+  ForceMemory<acc_t> problem(rows, points, 1, memory);
+  const int64_t stride = problem.stride;
+  const acc_t inverse = inverse_unit(call);
+  each_affinity(call, b, problem, [&](int64_t t, int64_t r, const acc_t* affinity) {
+    coefficient_row(affinity, stride, problem.w_neg, problem.w_pos, call.factors[t] * inverse,
+                    t > 0, problem.coefficients + r * stride);
+  });
+  acc_t* force = call.force + b * rows * features;
+  for (int64_t first = 0; first < features; first += width) {
+    const int64_t columns = std::min(width, features - first);
+    centred_stripe(call, b, first, problem.stripe);
+    for (int64_t r = 0; r < rows; ++r) {  // fetched during the product
+      for (int64_t s = 0; s < columns; s += 64 / static_cast<int64_t>(sizeof(acc_t)))
+        __builtin_prefetch(force + r * features + first + s, 1, 2);
+    }
+    weighted_sums(rows, points, problem.coefficients, stride, problem.stripe, problem.sums);
+    for (int64_t r = 0; r < rows; ++r)
+      std::copy_n(problem.sums + r * width, columns, force + r * features + first);
+  }
+}
+
+template struct DriftBatchKernel<Isa::DRIFTAR_ISA, float>;
+template struct DriftBatchKernel<Isa::DRIFTAR_ISA, double>;
+template struct DriftBatchKernel<Isa::DRIFTAR_ISA, c10::BFloat16>;
+template struct DriftBatchKernel<Isa::DRIFTAR_ISA, c10::Half>;
+
+}  // namespace driftar::cpu

@@ -1,0 +1,31 @@
+#pragma once
+
+// Large results in huge pages. Faulting in a fresh tensor page by page costs several times what
+// writing it does; asking for huge pages removes most of that and changes nothing else.
+
+#include <ATen/ops/empty.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <cstdint>
+
+namespace driftar::cpu {
+
+inline at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  at::Tensor result = at::empty(sizes, options);
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = 1 << 21;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(result.data_ptr());
+  const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
+  const uintptr_t last = (begin + result.nbytes()) & ~(kHugePage - 1);
+  if (result.nbytes() >= 2 * kHugePage && first < last) {
+    // A refusal leaves ordinary pages.
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  }
+#endif
+  return result;
+}
+
+}  // namespace driftar::cpu
