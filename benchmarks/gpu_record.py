@@ -123,11 +123,11 @@ def timed(
     return race.medians()
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _flash(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
     backend = torch.nn.attention.SDPBackend
     kinds = [backend.FLASH_ATTENTION] if query.is_cuda else [backend.MATH]
     with torch.nn.attention.sdpa_kernel(kinds):
-        return sdpa(query, key, value, is_causal=True)
+        return [sdpa(query, key, value, is_causal=True)]
 
 
 def bench_attention(device: torch.device) -> list[Record]:
@@ -144,7 +144,8 @@ def bench_attention(device: torch.device) -> list[Record]:
             plain = [x.detach() for x in leaves]
 
             def both(run: Callable[[], list[Tensor]], inputs: list[Tensor] = leaves) -> object:
-                return torch.autograd.grad(sum(x.float().sum() for x in run()), inputs)
+                total = torch.stack([x.float().sum() for x in run()]).sum()
+                return torch.autograd.grad(total, inputs)
 
             def entropic(inputs: list[Tensor]) -> list[Tensor]:
                 result = dk.attention(*inputs, is_causal=True)
@@ -155,7 +156,7 @@ def bench_attention(device: torch.device) -> list[Record]:
             training = timed(
                 device,
                 partial(both, partial(entropic, leaves)),
-                sdpa=partial(both, lambda q=leaves: [_flash(*q)]),
+                sdpa=partial(both, partial(_flash, *leaves)),
             )
             for name, medians, target in (
                 ("forward", forward, 0.95),
