@@ -11,6 +11,7 @@ from torch import Tensor
 from driftar_kernels import AttentionOutput, attention
 from tests.helpers.inputs import (
     CASES,
+    HEADS,
     LAYOUTS,
     AttentionCase,
     far_rows,
@@ -110,7 +111,7 @@ def test_memory_behind_the_tensors_is_never_read(backend: str, dtype: torch.dtyp
     clean = attention(query, key, value)
 
     def embedded(source: Tensor) -> Tensor:
-        big = torch.full((2, 4, 64, 32), math.nan, dtype=dtype)
+        big = torch.full((2, HEADS, 64, 32), math.nan, dtype=dtype)
         big[:, :, : source.shape[2], : source.shape[3]] = source
         return big[:, :, : source.shape[2], : source.shape[3]]
 

@@ -143,7 +143,7 @@ def test_regimes(
 def test_one_large_problem(backend: str, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """Distances are kept between the passes, or computed again where they are too many."""
     monkeypatch.setattr(drift, "MAX_KEPT", limit)
-    gen, pos, neg, keywords = drift_inputs(1, size(700, 260), size(800, 310), 50, 6, weighted=True)
+    gen, pos, neg, keywords = drift_inputs(1, size(700, 100), size(800, 110), 50, 6, weighted=True)
     check(gen, pos, neg, temperatures=(0.2, 1.0), **keywords)
 
 

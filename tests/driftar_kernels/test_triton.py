@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 
 import driftar_kernels as dk
-from tests.helpers.inputs import AttentionCase, chain, generator, parent_lists
+from tests.helpers.inputs import AttentionCase, chain, drift_inputs, generator, parent_lists
 from tests.helpers.targets import BACKEND_DEVICES, require_backend
 from tests.helpers.tolerance import assert_bitwise, assert_relative
 
@@ -78,6 +78,19 @@ def test_splitting_the_keys_changes_rounding_only(
     whole = run()
     for left, right in zip(split, whole, strict=True):
         assert left is not None and right is not None
+        assert_relative(left, right.double(), 1e-6)
+
+
+def test_panels_of_distances_equal_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A problem whose distances are held a few rows at a time."""
+    from driftar_kernels.triton import drift as launcher
+
+    gen, pos, neg, keywords = drift_inputs(2, 140, 30, 5, 12, weighted=True)
+    whole = dk.drift_field(gen, pos, neg, **keywords)
+    monkeypatch.setattr(dk.drift, "MAX_KEPT", 0)
+    monkeypatch.setattr(launcher, "PANEL_ELEMENTS", 1)
+    panels = dk.drift_field(gen, pos, neg, **keywords)
+    for left, right in zip(whole, panels, strict=True):
         assert_relative(left, right.double(), 1e-6)
 
 

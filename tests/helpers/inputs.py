@@ -69,13 +69,16 @@ def parent_lists(draw: st.DrawFn, most: int = 24) -> list[int]:
     return [draw(st.integers(-1, i - 1)) for i in range(draw(st.integers(1, most)))]
 
 
+HEADS = size(4, 2)  # of query and key, unless a case says otherwise
+
+
 @dataclass(frozen=True)
 class AttentionCase:
     """Shapes and options of one call; ``options`` gets the case and a seed."""
 
     batch: int = 2
-    heads: int = 4
-    kv_heads: int = 4
+    heads: int = HEADS
+    kv_heads: int = HEADS
     queries: int = 7
     keys: int = 9
     dim: int = 8
@@ -158,8 +161,8 @@ CASES: dict[str, AttentionCase] = {
     "lengths_int32": AttentionCase(
         options=lambda c, s: {"key_lengths": torch.tensor([4, 9], dtype=torch.int32)}
     ),
-    "gqa": AttentionCase(heads=6, kv_heads=2),
-    "mqa": AttentionCase(heads=4, kv_heads=1, options=lambda c, s: {"is_causal": True}),
+    "gqa": AttentionCase(heads=size(6, 4), kv_heads=2),
+    "mqa": AttentionCase(kv_heads=1, options=lambda c, s: {"is_causal": True}),
     "value_narrower": AttentionCase(dim=16, value_dim=5),
     "value_wider": AttentionCase(dim=8, value_dim=40),
     "entropy_from": AttentionCase(
@@ -195,10 +198,10 @@ CASES: dict[str, AttentionCase] = {
         batch=2,
         heads=size(2, 1),
         kv_heads=1,
-        queries=256,
-        keys=300,
+        queries=size(256, 136),
+        keys=size(300, 180),
         options=lambda c, s: {
-            "parents": random_parents(256, batch=2, seed=s, depth=70),
+            "parents": random_parents(c.queries, batch=2, seed=s, depth=70),
             "key_lengths": torch.tensor([44, 17]),
         },
     ),
@@ -209,7 +212,7 @@ CASES: dict[str, AttentionCase] = {
         options=lambda c, s: {"entropy_from": 37, "key_lengths": torch.tensor([300, 270])},
     ),
     "few_queries_per_group": AttentionCase(
-        heads=8,
+        heads=size(8, 4),
         kv_heads=2,
         queries=5,
         keys=300,
@@ -222,25 +225,29 @@ CASES: dict[str, AttentionCase] = {
         batch=1,
         heads=2,
         kv_heads=1,
-        queries=530,
-        keys=700,
+        queries=size(530, 140),
+        keys=size(700, 180),
         dim=16,
         value_dim=48,
-        options=lambda c, s: {"is_causal": True, "query_offset": 170, "entropy_from": 37},
+        options=lambda c, s: {
+            "is_causal": True,
+            "query_offset": c.keys - c.queries,
+            "entropy_from": 37,
+        },
     ),
     "everything": AttentionCase(
         batch=3,
         heads=4,
         kv_heads=2,
-        queries=33,
-        keys=70,
+        queries=size(33, 17),
+        keys=size(70, 40),
         dim=24,
         value_dim=17,
         options=lambda c, s: {
-            "attn_mask": float_mask(3, 1, 33, 70, seed=s),
+            "attn_mask": float_mask(3, 1, c.queries, c.keys, seed=s),
             "is_causal": True,
-            "query_offset": torch.tensor([30, 0, -4]),
-            "key_lengths": torch.tensor([70, 20, 64]),
+            "query_offset": torch.tensor([c.keys - c.queries - 7, 0, -4]),
+            "key_lengths": torch.tensor([c.keys, 20, c.keys - 6]),
             "scale": 0.3,
             "entropy_from": 5,
         },
@@ -335,7 +342,7 @@ def far_rows(source: Tensor, stride: int) -> Tensor:
     return view
 
 
-MANY = size(20_000, 6_000)  # chains enough for a statistical test
+MANY = size(20_000, 4_096)  # chains enough for a statistical test
 
 
 class Chain(NamedTuple):

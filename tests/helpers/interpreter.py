@@ -14,21 +14,21 @@ def size(full: int, interpreted: int) -> int:
 
 
 def hasten() -> None:
-    """Prepare Triton's language once per launch.
+    """Patch Triton's language once.
 
-    The interpreter patches ``triton.language`` again for every call of a device function, which
-    takes most of its time. The launch around a call has done it for the package's functions, and
-    Triton's own library stays patched once it is.
+    The interpreter patches it for every launch and every call of a device function, and restores it
+    after the launch, which takes most of its time. Nothing in a process of tests needs the original
+    back.
     """
     from triton.runtime import interpreter
 
-    prepared: set[str] = set()
+    patch = interpreter._patch_lang
+    patched: set[str] = set()
 
-    def call(function: Any, *arguments: Any, **keywords: Any) -> Any:
-        module = function.fn.__module__
-        if module.startswith("triton.") and module not in prepared:
-            interpreter._patch_lang(function.fn)
-            prepared.add(module)
-        return function.rewrite()(*arguments, **keywords)
+    def patch_once(function: Any) -> Any:
+        if function.__module__ not in patched:
+            patched.add(function.__module__)
+            patch(function)
+        return interpreter._LangPatchScope()  # restores nothing
 
-    interpreter.InterpretedFunction.__call__ = call
+    interpreter._patch_lang = patch_once
