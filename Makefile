@@ -13,11 +13,11 @@ SEED ?= 0
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-all bench lint format seeds clean help
+.PHONY: demo test test-triton test-all bench lint format seeds clean help
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
-	@echo "targets: demo test test-all bench lint format seeds clean"
+	@echo "targets: demo test test-triton test-all bench lint format seeds clean"
 
 # A PyTorch that is already in the environment is kept.
 $(VENV)/.torch:
@@ -42,6 +42,16 @@ seeds: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "not slow"
+
+# Triton comes with CUDA builds of PyTorch; elsewhere it is installed here.
+TRITON ?= triton==3.7.1
+
+$(VENV)/.triton: $(VENV)/.ready
+	$(BIN)/python -c "import triton" || $(BIN)/python -m pip install "$(TRITON)"
+	@touch $@
+
+test-triton: $(VENV)/.triton
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/driftar_kernels -k triton
 
 test-all: $(VENV)/.ready
 	$(BIN)/python -m pytest

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,23 +38,70 @@ except (ImportError, OSError) as error:
     )
 
 
+TRITON_SUFFIX = "_triton"
+
+_fragment = torch.library.Library(NAMESPACE, "FRAGMENT")
 _operators: dict[str, Any] = {}
 
 
-def register_fake(op: str, function: Callable[..., Any]) -> None:
-    """Attach the shape function of a native operator, if it was built."""
-    if native_error is None:
-        torch.library.register_fake(f"{NAMESPACE}::{op}", function)
+def register_fake(
+    op: str, fake: Callable[..., Any], *, mutates: tuple[str, ...] = (), twin: bool = True
+) -> None:
+    """Attach the shape function of an operator, and derive the operator's Triton twin from it.
+
+    The signature of ``fake`` is the operator's schema, so the twin exists whether or not the
+    compiled library does. ``mutates`` names the arguments that are written in place; without
+    ``twin`` the operator is native only.
+    """
+    if twin:
+        name = op + TRITON_SUFFIX
+        _fragment.define(torch.library.infer_schema(fake, mutates_args=mutates, op_name=name))
+        for device in ("CPU", "CUDA"):
+            _fragment.impl(name, _triton_launcher(op), device)
+    for suffix in _variants(native=True, twin=twin):
+        torch.library.register_fake(f"{NAMESPACE}::{op}{suffix}", fake)
 
 
 def register_autograd(
     op: str,
     backward: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
+    *,
+    backward_op: str | None = None,
+    native: bool = True,
 ) -> None:
-    """Attach the gradient formula of a native operator, if it was built."""
-    if native_error is None:
-        torch.library.register_autograd(f"{NAMESPACE}::{op}", backward, setup_context=setup_context)
+    """Attach the gradient formula of an operator; ``backward`` gets the variant of
+    ``backward_op``, where one is named, as its first argument. Without ``native`` only the Triton
+    twin gets it.
+    """
+    for suffix in _variants(native=native, twin=True):
+        formula = partial(backward, f"{backward_op}{suffix}") if backward_op else backward
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{op}{suffix}", formula, setup_context=setup_context
+        )
+
+
+def _variants(*, native: bool, twin: bool) -> list[str]:
+    """Suffixes of the names under which an operator is registered."""
+    built = native and native_error is None
+    return ([""] if built else []) + ([TRITON_SUFFIX] if twin else [])
+
+
+def _triton_launcher(op: str) -> Callable[..., Any]:
+    def launch(*arguments: Any) -> Any:
+        from . import triton  # takes a while to import, and nobody else needs it
+
+        device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
+        guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with guard:
+            return getattr(triton, op)(*arguments)
+
+    return launch
+
+
+def operator(op: str, backend: str) -> Any:
+    """The registered operator that ``backend`` runs."""
+    return native(op + TRITON_SUFFIX if backend == "triton" else op)
 
 
 def native(op: str) -> Any:

@@ -110,8 +110,9 @@ def attention(
     if dtype is not None:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     backend = backends.select("attention", query.device)
-    if backend == "reference":
+    if backend != "cpu":
         _check_lengths(key, key_lengths, parents)
+    if backend == "reference":
         with _checks.without_autocast(query.device):
             return AttentionOutput(
                 *reference.attention(
@@ -132,7 +133,7 @@ def attention(
     offsets, offset = (
         (query_offset, 0) if isinstance(query_offset, Tensor) else (None, query_offset)
     )
-    out, row_entropy, lse, max_score, *_ = _library.native("attention_forward")(
+    out, row_entropy, lse, max_score, *_ = _library.operator("attention_forward", backend)(
         query,
         key,
         value,
@@ -260,7 +261,7 @@ def _check_per_sample(name: str, value: Tensor, batch: int, device: torch.device
 
 
 def _check_lengths(key: Tensor, key_lengths: Tensor | None, parents: Tensor | None) -> None:
-    """Range of key_lengths; the native backends check it themselves."""
+    """Range of key_lengths; the C++ kernels check it themselves."""
     if key_lengths is None or not _checks.readable(key_lengths) or key_lengths.numel() == 0:
         return
     limit = key.shape[2] - (0 if parents is None else parents.shape[1])
@@ -283,7 +284,7 @@ def _forward_fake(
     entropy: str,
     normalize: bool,
     entropy_from: int,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = tuple(query.shape[:3])
     dtype = reference.accumulation_dtype(query.dtype)
     statistic = (0,) if entropy == "none" else rows
@@ -306,10 +307,67 @@ def _backward_fake(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *rest: Any,
+    attn_mask: Tensor | None,
+    query_offsets: Tensor | None,
+    key_lengths: Tensor | None,
+    parents: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    entropy_lse: Tensor,
+    entropy_cross: Tensor,
+    entropy_norm: Tensor,
+    query_offset: int,
+    scale: float,
+    is_causal: bool,
+    entropy: str,
+    entropy_from: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(x.new_empty(x.shape) for x in (query, key, value))  # type: ignore[return-value]
 
 
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, key, value, attn_mask, offsets, lengths, parents, *settings = inputs
+    out, _, lse, max_score, entropy_lse, entropy_cross, entropy_norm = output
+    ctx.mark_non_differentiable(max_score, entropy_lse, entropy_cross, entropy_norm)
+    saved = (query, key, value, attn_mask, offsets, lengths, parents)
+    ctx.save_for_backward(*saved, out, lse, entropy_lse, entropy_cross, entropy_norm)
+    ctx.settings = settings
+
+
+def _backward(
+    operator: str,
+    ctx: Any,
+    grad_out: Tensor,
+    grad_entropy: Tensor,
+    grad_lse: Tensor,
+    *unused: Any,
+) -> tuple[Tensor | None, ...]:
+    offset, scale, is_causal, entropy, _, entropy_from = ctx.settings
+    gradients = _library.native(operator)(
+        grad_out,
+        grad_entropy,
+        grad_lse,
+        *ctx.saved_tensors,
+        offset,
+        scale,
+        is_causal,
+        entropy,
+        entropy_from,
+    )
+    return (*gradients, *(None,) * 10)
+
+
+def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
+    raise NotImplementedError(
+        "attention: second derivatives are not provided by this backend; "
+        "use_backend('reference') computes them"
+    )
+
+
 _library.register_fake("attention_forward", _forward_fake)
 _library.register_fake("attention_backward", _backward_fake)
+# The native operators have their nodes in csrc/autograd/attention.cpp.
+_library.register_autograd(
+    "attention_forward", _backward, _setup_context, backward_op="attention_backward", native=False
+)
+_library.register_autograd("attention_backward", _no_second_derivative, native=False)

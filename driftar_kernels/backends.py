@@ -55,10 +55,17 @@ def _cuda_missing() -> str | None:
     return "this build contains no CUDA kernels"
 
 
+# Both are settled before the first call, so that torch.compile sees constants.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _triton_missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _TRITON_INSTALLED:
         return "the package triton is not installed"
-    return "this version contains no Triton kernels"
+    if not TRITON_INTERPRETED and not torch.cuda.is_available():
+        return "there is no CUDA device (TRITON_INTERPRET=1 runs its kernels on the CPU, slowly)"
+    return None
 
 
 BACKENDS: dict[str, Backend] = {
@@ -66,7 +73,12 @@ BACKENDS: dict[str, Backend] = {
     for backend in (
         Backend("cpu", "C++, vectorised, multi-threaded", ("cpu",), _cpu_missing),
         Backend("cuda", "CUDA C++", ("cuda",), _cuda_missing),
-        Backend("triton", "Triton", ("cuda",), _triton_missing),
+        Backend(
+            "triton",
+            "Triton (interpreted)" if TRITON_INTERPRETED else "Triton",
+            ("cpu", "cuda") if TRITON_INTERPRETED else ("cuda",),
+            _triton_missing,
+        ),
         Backend("reference", "plain PyTorch", ("cpu", "cuda", "meta"), lambda: None),
     )
 }

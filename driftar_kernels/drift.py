@@ -164,7 +164,7 @@ def _field(
         if backend == "reference":
             _, sums = reference.drift_distances(gen, pos, neg, weight)
         else:
-            distances, sums = _library.native("drift_distances")(
+            distances, sums = _library.operator("drift_distances", backend)(
                 gen, pos, neg, weight, _keep_distances(gen, weight)
             )
         sums = _all_reduce(sums, group)
@@ -179,7 +179,9 @@ def _field(
         if backend == "reference":
             raw, squares = reference.drift_force(*points, scale, values)
         else:
-            raw, squares = _library.native("drift_force")(*points, distances, scale, values)
+            raw, squares = _library.operator("drift_force", backend)(
+                *points, distances, scale, values
+            )
         norms = _norms(squares, gen, group)
         force = torch.einsum("tbns,t->bns", raw, _factors(norms))
     return DriftField(force, scale, norms)
@@ -331,5 +333,5 @@ def _combined_force_fake(
 
 _library.register_fake("drift_distances", _distances_fake)
 _library.register_fake("drift_force", _force_fake)
-_library.register_fake("drift_squares", _squares_fake)
-_library.register_fake("drift_combined_force", _combined_force_fake)
+_library.register_fake("drift_squares", _squares_fake, twin=False)
+_library.register_fake("drift_combined_force", _combined_force_fake, twin=False)

@@ -36,9 +36,11 @@ def entropy_to_sigma(
     _checks.tensor("entropy_to_sigma", "entropy", entropy)
     _checks.floating("entropy_to_sigma", entropy=entropy)
     settings = _check_settings("entropy_to_sigma", sigma_max, tau, entropy_max)
-    if backends.select("entropy_to_sigma", entropy.device) == "reference":
+    backend = backends.select("entropy_to_sigma", entropy.device)
+    if backend == "reference":
         return reference.entropy_to_sigma(entropy, *settings)
-    result: Tensor = _library.call(_library.native("entropy_to_sigma"), entropy, *settings)
+    operator = _library.operator("entropy_to_sigma", backend)
+    result: Tensor = _library.call(operator, entropy, *settings)
     return result
 
 
@@ -79,9 +81,11 @@ def entropy_prior(
     _checks.shape(op, "noise", noise, mean.shape, "[..., C]")
     _checks.shape(op, "entropy", entropy, mean.shape[:-1], "[...]")
     settings = _check_settings(op, sigma_max, tau, entropy_max)
-    if backends.select(op, mean.device) == "reference":
+    backend = backends.select(op, mean.device)
+    if backend == "reference":
         return reference.entropy_prior(mean, entropy, noise, *settings)
-    result: Tensor = _library.call(_library.native(op), mean, entropy, noise, *settings)
+    operator = _library.operator(op, backend)
+    result: Tensor = _library.call(operator, mean, entropy, noise, *settings)
     return result
 
 
@@ -110,10 +114,9 @@ def _sigma_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(entropy)
 
 
-def _sigma_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _sigma_backward(operator: str, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (entropy,) = ctx.saved_tensors
-    operator = _library.native("entropy_to_sigma_backward")
-    gradient = _library.call(operator, grad, entropy, *ctx.settings)
+    gradient = _library.call(_library.native(operator), grad, entropy, *ctx.settings)
     return (gradient, None, None, None)
 
 
@@ -134,13 +137,13 @@ def _prior_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(entropy, noise)
 
 
-def _prior_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _prior_backward(operator: str, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     entropy, noise = ctx.saved_tensors
     _, need_entropy, need_noise, *_ = ctx.needs_input_grad
     grad_entropy = grad_noise = None
     if need_entropy or need_noise:
         grad_entropy, grad_noise = _library.call(
-            _library.native("entropy_prior_backward"),
+            _library.native(operator),
             grad,
             entropy,
             noise,
@@ -183,9 +186,13 @@ def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
 
 _library.register_fake("entropy_to_sigma", _sigma_fake)
 _library.register_fake("entropy_to_sigma_backward", _sigma_backward_fake)
-_library.register_autograd("entropy_to_sigma", _sigma_backward, _sigma_setup)
+_library.register_autograd(
+    "entropy_to_sigma", _sigma_backward, _sigma_setup, backward_op="entropy_to_sigma_backward"
+)
 _library.register_autograd("entropy_to_sigma_backward", _no_second_derivative)
 _library.register_fake("entropy_prior", _prior_fake)
 _library.register_fake("entropy_prior_backward", _prior_backward_fake)
-_library.register_autograd("entropy_prior", _prior_backward, _prior_setup)
+_library.register_autograd(
+    "entropy_prior", _prior_backward, _prior_setup, backward_op="entropy_prior_backward"
+)
 _library.register_autograd("entropy_prior_backward", _no_second_derivative)

@@ -160,9 +160,12 @@ def walk_tree(tree: DraftTree, accept: Tensor) -> TreeVerdict:
     if accept.dtype != torch.bool:
         raise TypeError(f"walk_tree: accept must be bool, got {accept.dtype}")
     _check_tree("walk_tree", tree, accept.shape[0], accept.shape[1], accept.device, "accept")
-    if backends.select("walk_tree", accept.device) == "reference":
+    backend = backends.select("walk_tree", accept.device)
+    if backend == "reference":
         return TreeVerdict(*reference.walk_tree(tree.parents, accept, tree.max_depth))
-    return TreeVerdict(*_library.native("walk_tree")(tree.parents, accept, tree.max_depth))
+    return TreeVerdict(
+        *_library.operator("walk_tree", backend)(tree.parents, accept, tree.max_depth)
+    )
 
 
 def verify_tree(tree: DraftTree, draft: Tensor, target: Tensor, *, tolerance: float) -> TreeVerdict:
@@ -191,11 +194,14 @@ def verify_tree(tree: DraftTree, draft: Tensor, target: Tensor, *, tolerance: fl
     _checks.shape(op, "target", target, draft.shape, "[B, N, D]")
     if _checks.number(op, "tolerance", tolerance) < 0:
         raise ValueError(f"{op}: tolerance must be >= 0, got {tolerance}")
-    if backends.select(op, draft.device) == "reference":
+    backend = backends.select(op, draft.device)
+    if backend == "reference":
         accept = reference.agreement(draft, target, tolerance)
         return TreeVerdict(*reference.walk_tree(tree.parents, accept, tree.max_depth))
     return TreeVerdict(
-        *_library.native(op)(tree.parents, draft, target, float(tolerance), tree.max_depth)
+        *_library.operator(op, backend)(
+            tree.parents, draft, target, float(tolerance), tree.max_depth
+        )
     )
 
 
@@ -253,15 +259,17 @@ def verify_chain(
     _checks.shape(op, "draft_std", draft_std, (batch, count), "[B, K]")
     _checks.shape(op, "target_mean", target_mean, (batch, count + 1, width), "[B, K+1, D]")
     _checks.shape(op, "target_std", target_std, (batch, count + 1), "[B, K+1]")
-    name = "verify_chain"
-    if backends.select(op, draft.device) == "reference":
-        name = "verify_chain_reference"
+    backend = backends.select(op, draft.device)
+    name = "verify_chain_reference" if backend == "reference" else op
+    if backend != "cpu":
         _check_std(draft_std=draft_std, target_std=target_std)
     seed = torch.randint(
         2**63 - 1, (1,), dtype=torch.int64, device=draft.device, generator=generator
     )
     return ChainVerdict(
-        *_library.native(name)(draft, draft_mean, draft_std, target_mean, target_std, seed)
+        *_library.operator(name, backend)(
+            draft, draft_mean, draft_std, target_mean, target_std, seed
+        )
     )
 
 
@@ -305,10 +313,14 @@ def commit_path(
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         if cache.requires_grad:
             raise ValueError(f"{op}: {name} must not require grad; it is changed in place")
-    if backends.select(op, key_cache.device) == "reference":
+    backend = backends.select(op, key_cache.device)
+    if backend != "cpu":
         _check_path(capacity, key_lengths, path, length)
+    if backend == "reference":
         return reference.commit_path(key_cache, value_cache, key_lengths, path, length)
-    result: Tensor = _library.native(op)(key_cache, value_cache, key_lengths, path, length)
+    result: Tensor = _library.operator(op, backend)(
+        key_cache, value_cache, key_lengths, path, length
+    )
     if not torch.compiler.is_compiling():
         # Autograd must see the write; compiled code is functionalised and needs no counter.
         torch.autograd.graph.increment_version((key_cache, value_cache))
@@ -316,14 +328,14 @@ def commit_path(
 
 
 def _check_std(**tensors: Tensor) -> None:
-    """Standard deviations must be finite and >= 0; the native backends check it themselves."""
+    """Standard deviations must be finite and >= 0; the C++ kernels check it themselves."""
     for name, std in tensors.items():
         if _checks.readable(std) and not bool(((std >= 0) & (std < torch.inf)).all()):
             raise ValueError(f"verify_chain: {name} must be finite and >= 0")
 
 
 def _check_path(capacity: int, key_lengths: Tensor, path: Tensor, length: Tensor) -> None:
-    """A path must stay inside the cache; the native backends check it themselves."""
+    """A path must stay inside the cache; the C++ kernels check it themselves."""
     if not _checks.readable(path) or path.numel() == 0:
         return
     level = torch.arange(path.shape[1])
@@ -374,7 +386,7 @@ def _commit_fake(
 _library.register_fake("walk_tree", _walk_fake)
 _library.register_fake("verify_tree", _verify_fake)
 _library.register_fake("verify_chain", _chain_fake)
-_library.register_fake("commit_path", _commit_fake)
+_library.register_fake("commit_path", _commit_fake, mutates=("key_cache", "value_cache"))
 # Rejection loops of data-dependent length cannot be traced, so the reference is an operator as
 # well.
 _library.define_reference("verify_chain_reference", reference.verify_chain, _chain_fake)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import driftar_kernels
+from tests.helpers.interpreter import INTERPRETED, hasten
 from tests.helpers.targets import BACKEND_DEVICES, require_backend
 
 settings.register_profile(
@@ -20,11 +22,14 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.register_profile("thorough", settings.get_profile("ci"), max_examples=400)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+settings.register_profile("interpreted", settings.get_profile("ci"), max_examples=10)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "interpreted" if INTERPRETED else "ci"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
+    if INTERPRETED and "triton" in driftar_kernels.available_backends():
+        hasten()
 
 
 @pytest.fixture(autouse=True)
@@ -40,11 +45,17 @@ def fixed_seed() -> None:
     torch.manual_seed(20260328)
 
 
+def default_device(backend: str) -> contextlib.AbstractContextManager[object]:
+    """Where tests make their tensors."""
+    name = BACKEND_DEVICES[backend]
+    return contextlib.nullcontext() if name == "cpu" else torch.device(name)
+
+
 @pytest.fixture(params=list(BACKEND_DEVICES))
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend in turn, chosen explicitly for the test."""
     require_backend(request.param)
-    with driftar_kernels.use_backend(request.param):
+    with driftar_kernels.use_backend(request.param), default_device(request.param):
         yield request.param
 
 
@@ -52,7 +63,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def native_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend that runs registered operators on some devices only."""
     require_backend(request.param)
-    with driftar_kernels.use_backend(request.param):
+    with driftar_kernels.use_backend(request.param), default_device(request.param):
         yield request.param
 
 

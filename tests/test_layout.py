@@ -14,6 +14,7 @@ ROOMS = (
     "driftar_kernels/reference/{op}.py",
     "csrc/cpu/{op}.h",
     "csrc/cpu/{op}.cpp",
+    "driftar_kernels/triton/{op}.py",
     "docs/ops/{op}.md",
     "tests/driftar_kernels/test_{op}.py",
     "benchmarks/bench_{op}.py",

@@ -23,7 +23,7 @@ def drift_loss(
         scale = distance.mean()
         unit = (scale / gen.shape[2] ** 0.5).clamp(min=1e-3)
         distance = distance / scale.clamp(min=1e-3)
-        distance[:, :, :count] += 100.0 * torch.eye(count, dtype=gen.dtype)
+        distance[:, :, :count] += 100.0 * torch.eye(count, dtype=gen.dtype, device=gen.device)
         goal = gen / unit
         scaled, drift = points / unit, torch.zeros_like(gen)
         for temperature in temperatures:

@@ -19,6 +19,7 @@ from tests.helpers.inputs import (
     run_attention,
     trainable,
 )
+from tests.helpers.interpreter import size
 from tests.helpers.tolerance import (
     GRADIENT_FACTOR,
     assert_bitwise,
@@ -275,11 +276,12 @@ def test_double_backward_is_right_or_raises(backend: str, output: str) -> None:
 
 def test_gradient_descent_raises_entropy(backend: str) -> None:
     """The gradient does what it is for: following it drives the entropy to its maximum."""
-    query, key, value = trainable(AttentionCase(batch=1).qkv(gain=3.0))
-    optimizer = torch.optim.Adam([query, key], lr=0.1)
+    heads = size(4, 1)
+    query, key, value = trainable(AttentionCase(batch=1, heads=heads, kv_heads=heads).qkv(gain=3.0))
+    optimizer = torch.optim.Adam([query, key], lr=0.2)
     start = attention(query, key, value).entropy
     assert start is not None and float(start.detach().mean()) < 0.7
-    for _ in range(150):
+    for _ in range(size(150, 60)):
         optimizer.zero_grad()
         found = attention(query, key, value).entropy
         assert found is not None

@@ -11,6 +11,7 @@ from torch import Tensor
 from driftar_kernels import AttentionOutput, attention
 from tests.helpers.inputs import (
     CASES,
+    HEADS,
     LAYOUTS,
     AttentionCase,
     far_rows,
@@ -18,6 +19,7 @@ from tests.helpers.inputs import (
     run_attention,
     trainable,
 )
+from tests.helpers.interpreter import size
 from tests.helpers.tolerance import assert_bitwise
 
 
@@ -72,7 +74,7 @@ def test_repeats_are_bitwise_equal(backend: str, threads: int) -> None:
         case = AttentionCase(batch=1, queries=100, keys=150, heads=4, kv_heads=2, dim=40)
         leaves = trainable(case.qkv())
         results = []
-        for _ in range(20):
+        for _ in range(size(20, 3)):
             result = attention(*leaves, is_causal=True, query_offset=50, enable_gqa=True)
             loss = result.out.square().sum() + entropy_of(result).sum() + result.lse.sum()
             results.append((*result, *torch.autograd.grad(loss, leaves)))
@@ -109,7 +111,7 @@ def test_memory_behind_the_tensors_is_never_read(backend: str, dtype: torch.dtyp
     clean = attention(query, key, value)
 
     def embedded(source: Tensor) -> Tensor:
-        big = torch.full((2, 4, 64, 32), math.nan, dtype=dtype)
+        big = torch.full((2, HEADS, 64, 32), math.nan, dtype=dtype)
         big[:, :, : source.shape[2], : source.shape[3]] = source
         return big[:, :, : source.shape[2], : source.shape[3]]
 

@@ -15,6 +15,7 @@ from driftar_kernels import DriftField, drift, drift_field, drift_loss
 from tests.helpers import oracle
 from tests.helpers.drifting import check
 from tests.helpers.inputs import drift_inputs, golden
+from tests.helpers.interpreter import size
 from tests.helpers.tolerance import assert_relative, largest_finite, max_error
 
 # Published cases. The distances of the second group cancel in the published fp32 run, so these are
@@ -123,7 +124,12 @@ def test_any_shape(
 
 @pytest.mark.parametrize(
     ("batch", "count", "positives", "negatives", "channels"),
-    [(300, 4, 4, 2, 8), (20, 64, 64, 16, 128), (1, 130, 140, 65, 257), (2, 1, 1, 0, 1)],
+    [
+        (size(300, 8), 4, 4, 2, 8),
+        (size(20, 2), 64, 64, 16, 128),
+        (1, size(130, 70), size(140, 80), size(65, 35), size(257, 130)),
+        (2, 1, 1, 0, 1),
+    ],
     ids=["many", "published", "large", "least"],
 )
 def test_regimes(
@@ -137,7 +143,7 @@ def test_regimes(
 def test_one_large_problem(backend: str, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """Distances are kept between the passes, or computed again where they are too many."""
     monkeypatch.setattr(drift, "MAX_KEPT", limit)
-    gen, pos, neg, keywords = drift_inputs(1, 700, 800, 50, 6, weighted=True)
+    gen, pos, neg, keywords = drift_inputs(1, size(700, 100), size(800, 110), 50, 6, weighted=True)
     check(gen, pos, neg, temperatures=(0.2, 1.0), **keywords)
 
 

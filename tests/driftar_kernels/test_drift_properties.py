@@ -11,6 +11,7 @@ from driftar_kernels import drift_field, drift_loss
 from tests.helpers import oracle
 from tests.helpers.drifting import check
 from tests.helpers.inputs import LAYOUTS, Options, drift_inputs, far_rows, in_layout, normal
+from tests.helpers.interpreter import size
 from tests.helpers.tolerance import assert_bitwise, assert_relative
 
 
@@ -174,12 +175,12 @@ def test_layout_does_not_change_a_bit(backend: str) -> None:
 
 
 def test_inputs_are_not_modified_and_repeats_are_bitwise_equal(backend: str) -> None:
-    gen, pos, neg, keywords = drift_inputs(20, 33, 40, 10, 24, weighted=True)
+    gen, pos, neg, keywords = drift_inputs(size(20, 2), 33, 40, 10, 24, weighted=True)
     assert neg is not None
     tensors = [gen, pos, neg, *keywords.values()]
     copies = [t.clone() for t in tensors]
     first = drift_field(gen, pos, neg, **keywords)
-    for _ in range(10):
+    for _ in range(size(10, 2)):
         assert_bitwise(first, drift_field(gen, pos, neg, **keywords))
     assert_bitwise(tensors, copies)
     assert not any(t._version for t in tensors[:3])
@@ -198,10 +199,10 @@ def test_autocast_computes_in_fp32(backend: str) -> None:
 
 def test_following_the_field_reaches_the_data(backend: str) -> None:
     """Gradient descent on the loss moves samples onto the data's distribution."""
-    gen = (normal(1, 48, 2, seed=0) * 0.3 - 3).requires_grad_()
-    pos = normal(1, 64, 2, seed=1) * torch.tensor([1.0, 0.5]) + 2
+    gen = (normal(1, size(48, 16), 2, seed=0) * 0.3 - 3).requires_grad_()
+    pos = normal(1, size(64, 24), 2, seed=1) * torch.tensor([1.0, 0.5]) + 2
     optimizer = torch.optim.SGD([gen], lr=10.0)
-    for _ in range(120):
+    for _ in range(size(120, 40)):
         optimizer.zero_grad()
         drift_loss(gen, pos, temperatures=(0.3,)).backward()
         optimizer.step()

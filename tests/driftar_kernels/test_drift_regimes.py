@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from driftar_kernels import drift, drift_field, drift_loss
+from tests.helpers import oracle
 from tests.helpers.drifting import check
 from tests.helpers.inputs import drift_inputs, normal
+from tests.helpers.interpreter import size
 from tests.helpers.tolerance import assert_bitwise, assert_relative
 
+MANY = size(drift.MIN_PROBLEMS, 2)
 # Block by block, and problem by problem.
-BATCHES = pytest.mark.parametrize("batch", [1, drift.MIN_PROBLEMS], ids=["blocks", "problems"])
+BATCHES = pytest.mark.parametrize("batch", [1, MANY], ids=["blocks", "problems"])
 
 
 @pytest.fixture
@@ -25,8 +28,8 @@ def threads() -> Iterator[None]:
 
 
 @BATCHES
-@pytest.mark.parametrize("channels", [1, 8, 40, 129, 300])
-@pytest.mark.parametrize("count", [1, 7, 63, 65])
+@pytest.mark.parametrize("channels", [1, 8, 40, size(129, 65), size(300, 130)])
+@pytest.mark.parametrize("count", [1, 7, size(63, 31), size(65, 33)])
 def test_ragged_sizes(backend: str, batch: int, count: int, channels: int) -> None:
     gen, pos, neg, keywords = drift_inputs(batch, count, 33, 5, channels, weighted=True)
     check(gen, pos, neg, **keywords)
@@ -39,7 +42,7 @@ def test_kept_and_recomputed_distances(
 ) -> None:
     monkeypatch.setattr(drift, "MAX_KEPT", limit)
     monkeypatch.setattr(drift, "MAX_KEPT_OF_SMALL", limit)
-    gen, pos, neg, keywords = drift_inputs(batch, 40, 50, 7, 200, weighted=True)
+    gen, pos, neg, keywords = drift_inputs(batch, 40, 50, 7, size(200, 70), weighted=True)
     check(gen, pos, neg, **keywords)
 
 
@@ -59,12 +62,12 @@ def test_rows_and_columns_far_from_the_others(backend: str, batch: int, distance
 
 
 @BATCHES
-@pytest.mark.parametrize("size", [1e-6, 1e6])
-def test_sizes_far_from_one(backend: str, batch: int, size: float) -> None:
+@pytest.mark.parametrize("unit", [1e-6, 1e6])
+def test_sizes_far_from_one(backend: str, batch: int, unit: float) -> None:
     """Below 1e-3 the published floors of scale and unit rule."""
     gen, pos, neg, _ = drift_inputs(batch, 20, 30, 4, 12)
     assert neg is not None
-    check(gen * size, pos * size, neg * size)
+    check(gen * unit, pos * unit, neg * unit)
 
 
 @BATCHES
@@ -90,7 +93,7 @@ def test_all_points_equal(backend: str, batch: int, count: int) -> None:
 @pytest.mark.parametrize("noise", [1.0, 0.1, 1e-3])
 def test_forces_that_nearly_cancel(backend: str, noise: float) -> None:
     """Many features and few points: norms come from inner products unless these cancel."""
-    gen, _, neg, _ = drift_inputs(drift.MIN_PROBLEMS, 24, 24, 5, 700)
+    gen, _, neg, _ = drift_inputs(MANY, 24, 24, 5, size(700, 130))
     assert neg is not None
     pos = gen + noise * normal(*gen.shape, seed=9)
     for weight in (1.0, 0.0):
@@ -101,9 +104,12 @@ def test_forces_that_nearly_cancel(backend: str, noise: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes(backend: str, batch: int, dtype: torch.dtype) -> None:
     gen, pos, neg, _ = drift_inputs(batch, 20, 30, 4, 70, dtype=dtype)
-    assert neg is not None
-    wide = drift_field(gen.double(), pos.double(), neg.double())
-    assert_relative(drift_field(gen, pos, neg).force, wide.force, 1e-4)
+    try:
+        force = drift_field(gen, pos, neg).force
+    except TypeError:
+        assert backend == "triton" and dtype == torch.float64
+        return
+    assert_relative(force, oracle.drift(gen, pos, neg).force, 1e-4)
 
 
 @BATCHES

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from driftar_kernels import AttentionOutput, DraftTree, attention
 from tests.helpers import oracle
+from tests.helpers.interpreter import size
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -23,27 +24,37 @@ QKV = tuple[Tensor, Tensor, Tensor]
 
 def golden(name: str) -> dict[str, Tensor]:
     """Numbers recorded from a published implementation; ``name`` without suffix."""
-    return load_file(GOLDEN / f"{name}.safetensors")
+    return load_file(GOLDEN / f"{name}.safetensors", device=str(torch.get_default_device()))
 
 
 def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    """For operators that draw on the tests' device."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+def draw(function: Callable[..., Tensor], *arguments: Any, seed: int, **keywords: Any) -> Tensor:
+    """Random numbers drawn on the CPU, put on the tests' device."""
+    source = torch.Generator("cpu").manual_seed(seed)
+    drawn = function(*arguments, generator=source, device="cpu", **keywords)
+    return drawn.to(torch.get_default_device())
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normal numbers, rounded to ``dtype``."""
-    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+    """Standard normal numbers, rounded to ``dtype``; the same on every device."""
+    return draw(torch.randn, *shape, seed=seed, dtype=torch.float64).to(dtype)
 
 
 def random_parents(nodes: int, *, batch: int | None = None, seed: int, depth: int = 0) -> Tensor:
     """Random trees ``[N]`` or ``[batch, N]``; the first ``depth`` nodes are a chain."""
-    draw = generator(seed)
+    source = torch.Generator("cpu").manual_seed(seed)
+
+    def parent(node: int) -> int:
+        if node == 0 or node < depth:
+            return node - 1
+        return int(torch.randint(-1, node, (1,), generator=source, device="cpu"))
 
     def one() -> list[int]:
-        return [
-            i - 1 if i < depth else int(torch.randint(-1, i, (1,), generator=draw)) if i else -1
-            for i in range(nodes)
-        ]
+        return [parent(node) for node in range(nodes)]
 
     if batch is None:
         return torch.tensor(one(), dtype=torch.int64)
@@ -58,13 +69,16 @@ def parent_lists(draw: st.DrawFn, most: int = 24) -> list[int]:
     return [draw(st.integers(-1, i - 1)) for i in range(draw(st.integers(1, most)))]
 
 
+HEADS = size(4, 2)  # of query and key, unless a case says otherwise
+
+
 @dataclass(frozen=True)
 class AttentionCase:
     """Shapes and options of one call; ``options`` gets the case and a seed."""
 
     batch: int = 2
-    heads: int = 4
-    kv_heads: int = 4
+    heads: int = HEADS
+    kv_heads: int = HEADS
     queries: int = 7
     keys: int = 9
     dim: int = 8
@@ -93,7 +107,7 @@ def trainable(qkv: Iterable[Tensor], dtype: torch.dtype | None = None) -> QKV:
 
 
 def bool_mask(*shape: int, seed: int, density: float = 0.6) -> Tensor:
-    return torch.rand(*shape, generator=generator(seed)) < density
+    return draw(torch.rand, *shape, seed=seed) < density
 
 
 def float_mask(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -147,8 +161,8 @@ CASES: dict[str, AttentionCase] = {
     "lengths_int32": AttentionCase(
         options=lambda c, s: {"key_lengths": torch.tensor([4, 9], dtype=torch.int32)}
     ),
-    "gqa": AttentionCase(heads=6, kv_heads=2),
-    "mqa": AttentionCase(heads=4, kv_heads=1, options=lambda c, s: {"is_causal": True}),
+    "gqa": AttentionCase(heads=size(6, 4), kv_heads=2),
+    "mqa": AttentionCase(kv_heads=1, options=lambda c, s: {"is_causal": True}),
     "value_narrower": AttentionCase(dim=16, value_dim=5),
     "value_wider": AttentionCase(dim=8, value_dim=40),
     "entropy_from": AttentionCase(
@@ -182,12 +196,12 @@ CASES: dict[str, AttentionCase] = {
     ),
     "tree_256": AttentionCase(
         batch=2,
-        heads=2,
+        heads=size(2, 1),
         kv_heads=1,
-        queries=256,
-        keys=300,
+        queries=size(256, 136),
+        keys=size(300, 180),
         options=lambda c, s: {
-            "parents": random_parents(256, batch=2, seed=s, depth=70),
+            "parents": random_parents(c.queries, batch=2, seed=s, depth=70),
             "key_lengths": torch.tensor([44, 17]),
         },
     ),
@@ -198,7 +212,7 @@ CASES: dict[str, AttentionCase] = {
         options=lambda c, s: {"entropy_from": 37, "key_lengths": torch.tensor([300, 270])},
     ),
     "few_queries_per_group": AttentionCase(
-        heads=8,
+        heads=size(8, 4),
         kv_heads=2,
         queries=5,
         keys=300,
@@ -211,25 +225,29 @@ CASES: dict[str, AttentionCase] = {
         batch=1,
         heads=2,
         kv_heads=1,
-        queries=530,
-        keys=700,
+        queries=size(530, 140),
+        keys=size(700, 180),
         dim=16,
         value_dim=48,
-        options=lambda c, s: {"is_causal": True, "query_offset": 170, "entropy_from": 37},
+        options=lambda c, s: {
+            "is_causal": True,
+            "query_offset": c.keys - c.queries,
+            "entropy_from": 37,
+        },
     ),
     "everything": AttentionCase(
         batch=3,
         heads=4,
         kv_heads=2,
-        queries=33,
-        keys=70,
+        queries=size(33, 17),
+        keys=size(70, 40),
         dim=24,
         value_dim=17,
         options=lambda c, s: {
-            "attn_mask": float_mask(3, 1, 33, 70, seed=s),
+            "attn_mask": float_mask(3, 1, c.queries, c.keys, seed=s),
             "is_causal": True,
-            "query_offset": torch.tensor([30, 0, -4]),
-            "key_lengths": torch.tensor([70, 20, 64]),
+            "query_offset": torch.tensor([c.keys - c.queries - 7, 0, -4]),
+            "key_lengths": torch.tensor([c.keys, 20, c.keys - 6]),
             "scale": 0.3,
             "entropy_from": 5,
         },
@@ -280,9 +298,7 @@ def drift_inputs(
             {"gen_weight": count, "pos_weight": positives, "neg_weight": negatives}.items()
         ):
             if number:
-                keywords[name] = (
-                    torch.rand(batch, number, generator=generator(seed + 10 + step)) * 2
-                )
+                keywords[name] = draw(torch.rand, batch, number, seed=seed + 10 + step) * 2
     return (
         points(count, 0),
         points(positives, 1),
@@ -326,7 +342,7 @@ def far_rows(source: Tensor, stride: int) -> Tensor:
     return view
 
 
-MANY = 20_000  # chains enough for a statistical test
+MANY = size(20_000, 4_096)  # chains enough for a statistical test
 
 
 class Chain(NamedTuple):
@@ -357,6 +373,6 @@ def chain(
     def std(values: list[float]) -> Tensor:
         return torch.tensor(values).expand(batch, -1).contiguous()
 
-    noise = torch.randn(batch, len(draft_mean), dim, generator=generator(seed))
+    noise = draw(torch.randn, batch, len(draft_mean), dim, seed=seed)
     draft = mean(draft_mean) + std(draft_std)[..., None] * noise
     return Chain(draft, mean(draft_mean), std(draft_std), mean(target_mean), std(target_std))

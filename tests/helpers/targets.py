@@ -7,15 +7,22 @@ import os
 import pytest
 
 import driftar_kernels
+from tests.helpers.interpreter import INTERPRETED
 
-# A backend joins every test by one entry: its name and the device of the tensors it is tested with.
-BACKEND_DEVICES = {"reference": "cpu", "cpu": "cpu"}
 EXPECT_VARIABLE = "DRIFTAR_KERNELS_EXPECT_BACKENDS"
+DEVICE_VARIABLE = "DRIFTAR_KERNELS_TEST_DEVICE"
+DEFAULT_EXPECTED = "cpu,reference,triton" if INTERPRETED else "cpu,reference"
 
 
 def expected_backends() -> set[str]:
     """Backends that must be there: a missing one fails its tests instead of hiding them."""
-    return set(filter(None, os.environ.get(EXPECT_VARIABLE, "cpu,reference").split(",")))
+    return set(filter(None, os.environ.get(EXPECT_VARIABLE, DEFAULT_EXPECTED).split(",")))
+
+
+# A backend joins every test by one entry: its name and the device of the tensors it is tested with.
+BACKEND_DEVICES = {"reference": "cpu", "cpu": "cpu"}
+if "triton" in expected_backends():
+    BACKEND_DEVICES["triton"] = os.environ.get(DEVICE_VARIABLE, "cpu")
 
 
 def require_backend(name: str) -> None:

@@ -1,0 +1,134 @@
+"""The one table of tile sizes, warps and pipeline stages.
+
+Choices are made here, by class of shape, rather than by timing at run time: nothing is compiled
+per sequence length and results do not vary between runs. Registers and shared memory of every
+choice are reported by ``python -m driftar_kernels.triton.resources``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from ..backends import TRITON_INTERPRETED as INTERPRETED  # whose programs run one by one, slowly
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Shape of a program's tile and how it is run.
+
+    Attributes:
+        rows, columns: elements of the tile.
+        warps: of 32 threads.
+        stages: depth of the software pipeline of global loads.
+    """
+
+    rows: int
+    columns: int
+    warps: int = 4
+    stages: int = 1
+
+
+ELEMENTWISE = Tile(16, 64)
+TREE_COLUMNS = 16  # columns of draft and target that a tree's program reads at a time
+COMMIT_COLUMNS = 128
+MERGE_ROWS = 16
+MAP = Tile(16, 32, 8)  # its program keeps one number per row and head
+FEW_ROWS = 64  # up to here keys are split over programs
+# (pass, bytes of an element) -> {largest padded head dimension: tile of queries x keys}. The tiles
+# bound the registers of the accumulators: queries x Dv forward, queries x D for the queries'
+# gradient, keys x (D + Dv) for the keys'.
+ATTENTION: dict[tuple[str, int], dict[int, Tile]] = {
+    ("forward", 2): {
+        64: Tile(128, 64, 8, 2),
+        128: Tile(128, 32, 8, 3),
+        256: Tile(64, 32, 8, 1),
+    },
+    ("query_gradient", 2): {
+        64: Tile(64, 64, 8, 2),
+        128: Tile(64, 64, 8, 2),
+        256: Tile(32, 32, 8, 1),
+    },
+    ("key_gradient", 2): {
+        64: Tile(32, 64, 8, 2),
+        128: Tile(32, 32, 8, 2),
+        256: Tile(32, 32, 8, 1),
+    },
+    ("forward", 4): {64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+    ("query_gradient", 4): {
+        64: Tile(32, 32, 8, 1),
+        128: Tile(32, 32, 8, 1),
+        256: Tile(16, 16, 8, 1),
+    },
+    ("key_gradient", 4): {
+        64: Tile(32, 32, 8, 1),
+        128: Tile(16, 32, 8, 1),
+        256: Tile(16, 16, 8, 1),
+    },
+}
+FEWEST_ROWS = 16  # of a matrix unit's tile
+
+
+def attention_tile(
+    name: str, dtype: torch.dtype, width: int, value_width: int, rows: int, crowded: bool
+) -> Tile:
+    """Tile of a pass ("forward", "query_gradient", "key_gradient") over ``rows`` packed rows.
+
+    ``crowded`` passes hold a tile of a mask, a tree or the head-averaged map as well.
+    """
+    classes = ATTENTION[name, dtype.itemsize]
+    tile = next((classes[c] for c in classes if max(width, value_width) <= c), None)
+    if tile is None:
+        raise NotImplementedError(
+            f"attention: head dimensions up to {max(classes)} run on the triton backend, "
+            f"got {width} and {value_width}"
+        )
+    if name == "forward" and rows <= FEWEST_ROWS:  # decoding: the keys' bandwidth is all
+        return Tile(FEWEST_ROWS, tile.columns, 4, tile.stages)
+    if crowded:
+        warps = 4 if max(width, value_width) <= 64 else tile.warps
+        most = 64 if name == "forward" else 32
+        return Tile(min(tile.rows, most), min(tile.columns, 32), warps, 1)
+    return tile
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 8
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def key_splits(
+    device: torch.device, programs: int, rows: int, keys: int, columns: int
+) -> tuple[int, int]:
+    """How many programs share the keys of a row block, and how many keys each takes."""
+    blocks = -(-keys // columns)
+    wanted = 1 if rows > FEW_ROWS else 2 * _processors(device) // max(programs, 1)
+    splits = max(1, min(wanted, blocks // 2, 65535))  # two blocks at least, to hide latency
+    per_split = -(-blocks // splits)
+    return -(-blocks // per_split) if blocks else 1, per_split * columns
+
+
+def tree_warps(lanes: int) -> int:
+    """One lane a node, and enough warps to stream draft and target."""
+    return max(4, min(lanes // 32, 16))
+
+
+def chain_tile(width: int) -> Tile:
+    """fp64 and rejection loops: few chains a program, so that the slowest keeps few others."""
+    if INTERPRETED:
+        return Tile(4096 if width <= 64 else 256, 16 if width <= 64 else 256)
+    return Tile(32, 16) if width <= 16 else Tile(4, 128)
+
+
+# The drifting field. 3xTF32 keeps fp32's accuracy on matrix units, which the distances need.
+DRIFT_PRECISION = "tf32x3"
+DRIFT_CENTRE = Tile(32, 64)
+DRIFT_DISTANCE = Tile(32, 64, 8, 2)
+DRIFT_NORMALISER = Tile(64, 64, 8)
+DRIFT_FORCE = Tile(32, 32, 4, 2)
+DRIFT_FEATURES = 64  # features that a product takes at a time
+PANEL_ELEMENTS = 1 << 24  # distances that a large problem holds at a time
