@@ -17,6 +17,7 @@ from .reference import drift as reference
 NORMALIZATIONS = ("bilateral",)
 MAX_KEPT = 1 << 24  # elements of the N x M distances of all problems: 64 MB in fp32
 MAX_KEPT_OF_SMALL = 1 << 26  # the same, of problems as small as these:
+# Which problems are many and small: kSmallElements and kManyProblems of csrc/cpu/drift.h.
 MAX_SMALL = 1 << 16  # elements of one problem's N x M distances
 MIN_PROBLEMS = 16  # fewer problems are computed block by block, whatever their size
 

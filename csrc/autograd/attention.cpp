@@ -6,7 +6,11 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <functional>
+#include <optional>
+#include <string>
 #include <tuple>
+#include <utility>
 
 namespace driftar::autograd {
 

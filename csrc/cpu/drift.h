@@ -53,7 +53,7 @@ constexpr int64_t row_length(int64_t points) {
   return padded % (2048 / static_cast<int64_t>(sizeof(T))) == 0 ? padded + kPanelWidth<T> : padded;
 }
 
-// --- One large problem: work is dealt out in blocks of generated samples -------------------------
+// One large problem: work is dealt out in blocks of generated samples.
 
 // A block of N x M values is at most this many, but at least 8 and at most 64 samples high.
 constexpr int64_t kBlockElements = 1 << 19;
@@ -133,8 +133,7 @@ struct DriftForceKernel {
   static void force(const DriftForces<scalar_t>& call, int64_t task, acc_t* memory);
 };
 
-// --- Many small problems: one task is one problem, and all of it stays in a core's cache
-// ----------
+// Many small problems: one task is one problem, and all of it stays in a core's cache.
 
 // N x M values of a small problem are at most this many.
 constexpr int64_t kSmallElements = 1 << 16;

@@ -4,7 +4,7 @@
 // files compiled per instruction set.
 
 #include "drift.h"
-#include "vector.h"
+#include "gemm.h"
 
 #include <cmath>
 
@@ -94,21 +94,11 @@ void centred_stripe(const DriftPoints<scalar_t>& call, int64_t b, int64_t first,
 // target[columns, rows] = source[rows, columns], both of one panel.
 template <typename T>
 inline void transpose_panel(const T* source, T* target) {
-  constexpr int64_t width = kPanelWidth<T>;
-  [[maybe_unused]] constexpr int64_t lanes = Vector<T>::size();
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-  if constexpr (std::is_same_v<T, float>) {
-    for (int64_t i = 0; i < width; i += lanes) {
-      for (int64_t j = 0; j < width; j += lanes) {
-        at::vec::transpose_mxn<float, lanes, lanes>(source + i * width + j, width,
-                                                    target + j * width + i, width);
-      }
+  constexpr int64_t width = kPanelWidth<T>, lanes = Vector<T>::size();
+  for (int64_t i = 0; i < width; i += lanes) {
+    for (int64_t j = 0; j < width; j += lanes) {
+      transpose_square(source + i * width + j, width, T(1), target + j * width + i, width);
     }
-    return;
-  }
-#endif
-  for (int64_t i = 0; i < width; ++i) {
-    for (int64_t j = 0; j < width; ++j) target[j * width + i] = source[i * width + j];
   }
 }
 

@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 
 namespace driftar::cpu {
 namespace {
@@ -133,6 +132,17 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, T alpha, Strided<T> 
 }
 
 // target[p, j] = factor source[j, p] for a square of one vector's lanes.
+template <typename T>
+void transpose_square(const T* source, int64_t stride, T factor, T* target, int64_t target_stride) {
+  for (int64_t p = 0; p < Vector<T>::size(); ++p) {
+    for (int64_t j = 0; j < Vector<T>::size(); ++j) {
+      target[p * target_stride + j] = factor * source[j * stride + p];
+    }
+  }
+}
+
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+template <>
 inline void transpose_square(const float* source, int64_t stride, float factor, float* target,
                              int64_t target_stride) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -161,35 +171,28 @@ inline void transpose_square(const float* source, int64_t stride, float factor, 
       _mm512_storeu_ps(out + r * target_stride, _mm512_castpd_ps(columns[r]) * scale);
     }
   }
-#elif defined(CPU_CAPABILITY_AVX2)
+#else
   at::vec::transpose_mxn<float, 8, 8>(source, stride, target, target_stride);
   for (int p = 0; p < 8; ++p) {
     (Vector<float>::loadu(target + p * target_stride) * Vector<float>(factor))
         .store(target + p * target_stride);
   }
-#else
-  for (int64_t p = 0; p < Vector<float>::size(); ++p) {
-    for (int64_t j = 0; j < Vector<float>::size(); ++j) {
-      target[p * target_stride + j] = factor * source[j * stride + p];
-    }
-  }
 #endif
 }
+#endif
 
 // packed[p, j] = factor b(p, j) for a panel of `columns` columns, filled up with zeros.
 template <typename T>
 inline void pack_panel(Strided<T> b, int64_t depth, int64_t columns, T factor, T* packed) {
   constexpr int64_t width = kGemmColumns<T>;
-  [[maybe_unused]] constexpr int64_t lanes = Vector<T>::size();
+  constexpr int64_t lanes = Vector<T>::size();
   if (columns < width) std::fill(packed, packed + depth * width, T(0));
   int64_t done = 0;  // depth already packed by square transposes
-  if constexpr (std::is_same_v<T, float>) {
-    if (b.row == 1 && columns == width) {
-      for (; done + lanes <= depth; done += lanes) {
-        for (int64_t j = 0; j < width; j += lanes) {
-          transpose_square(b.data + done + j * b.column, b.column, factor,
-                           packed + done * width + j, width);
-        }
+  if (b.row == 1 && columns == width) {
+    for (; done + lanes <= depth; done += lanes) {
+      for (int64_t j = 0; j < width; j += lanes) {
+        transpose_square(b.data + done + j * b.column, b.column, factor, packed + done * width + j,
+                         width);
       }
     }
   }

@@ -1,7 +1,7 @@
 #pragma once
 
-// Large results in huge pages. Faulting in a fresh tensor page by page costs several times what
-// writing it does; asking for huge pages removes most of that and changes nothing else.
+// Large results in huge pages: a fresh tensor is faulted in page by page while it is written, and
+// fewer pages mean fewer faults. Nothing else changes.
 
 #include <ATen/ops/empty.h>
 
