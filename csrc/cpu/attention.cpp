@@ -196,7 +196,6 @@ ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Te
     using acc_t = accumulate_t<scalar_t>;
     AttentionForward<scalar_t> call;
     context.fill(call, query, key, value, scale, entropy_from);
-    call.blocking = query_blocking(call, thread_count());
     call.normalize = normalize;
     call.out = data_or_null<scalar_t>(out);
     call.lse = data_or_null<acc_t>(lse), call.max_score = data_or_null<acc_t>(max_score);
@@ -206,23 +205,30 @@ ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Te
     call.entropy_cross = data_or_null<acc_t>(entropy_cross);
 
     const bool map = context.entropy == EntropyKind::map;
+    call.blocking = map ? map_blocking(call) : QueryBlocking{};
+    const bool one_pass = call.blocking.rows > 0;
+    if (!one_pass) call.blocking = query_blocking(call, thread_count());
     const QueryBlocking& blocking = call.blocking;
-    const int64_t tasks = call.batch * call.key_heads * blocking.head_blocks * blocking.row_blocks;
-    const int64_t slot_size = std::max(forward_scratch(call), map ? map_scratch(call) : int64_t{0});
+    const int64_t tasks =
+        one_pass ? call.batch * blocking.row_blocks
+                 : call.batch * call.key_heads * blocking.head_blocks * blocking.row_blocks;
+    const int64_t map_tasks =
+        map && !one_pass ? call.batch * blocks(call.query_length, kMapQueryBlock) : 0;
+    const int64_t slot_size = one_pass ? map_forward_scratch(call)
+                                       : std::max(forward_scratch(call, forward_key_block(call)),
+                                                  map ? map_entropy_scratch(call) : int64_t{0});
     // A small call does not pay for scratch of threads that have nothing to do.
-    const int64_t slots = map ? thread_count() : std::min(thread_count(), tasks);
-    const Tensor scratch = at::empty({slots, slot_size}, statistics);
+    const Tensor scratch =
+        at::empty({std::min(thread_count(), std::max(tasks, map_tasks)), slot_size}, statistics);
     acc_t* memory = scratch.mutable_data_ptr<acc_t>();
     dispatch_isa([&](auto isa) {
       using Kernel = AttentionKernel<decltype(isa)::value, scalar_t>;
       parallel_for(tasks, [&](int64_t task, int64_t slot) {
-        Kernel::forward(call, task, memory + slot * slot_size);
+        (one_pass ? Kernel::map_forward : Kernel::forward)(call, task, memory + slot * slot_size);
       });
-      if (!map) return;
-      parallel_for(call.batch * blocks(call.query_length, kMapQueryBlock),
-                   [&](int64_t task, int64_t slot) {
-                     Kernel::map_entropy(call, task, memory + slot * slot_size);
-                   });
+      parallel_for(map_tasks, [&](int64_t task, int64_t slot) {
+        Kernel::map_entropy(call, task, memory + slot * slot_size);
+      });
     });
   });
   return result;

@@ -104,6 +104,10 @@ constexpr int64_t kMapQueryBlock = 64;
 constexpr int64_t kMapKeyBlock = 64;
 constexpr int64_t kMapTile = kMapQueryBlock * kMapKeyBlock;
 static_assert(kMapQueryBlock <= kBackwardQueryBlock);
+// One pass makes that map where rows are at most so long and a few rows of every head, so many
+// scores in all, stay in the L2 cache.
+constexpr int64_t kMapKeptKeys = 1024;
+constexpr int64_t kMapKept = 3 << 17;
 
 inline int64_t blocks(int64_t length, int64_t block) { return (length + block - 1) / block; }
 
@@ -122,27 +126,53 @@ QueryBlocking query_blocking(const AttentionShape<scalar_t>& shape, int64_t thre
   return result;
 }
 
-// Whole panels of the matrix products.
+// `keys` filled up to whole panels of the matrix products.
+template <typename scalar_t>
+int64_t whole_panels(int64_t keys) {
+  constexpr int64_t panel = 2 * padding<accumulate_t<scalar_t>>;
+  return std::max<int64_t>(blocks(keys, panel), 1) * panel;
+}
+
 template <typename scalar_t>
 int64_t forward_key_block(const AttentionShape<scalar_t>& shape) {
-  constexpr int64_t panel = 2 * padding<accumulate_t<scalar_t>>;
-  return std::clamp(blocks(shape.key_length, panel) * panel, panel, kKeyBlock);
+  return std::min(whole_panels<scalar_t>(shape.key_length), kKeyBlock);
+}
+
+// The queries of a task that makes the head-averaged map in one pass, keeping the scores of all
+// heads; 0 where there are too many for the cache.
+template <typename scalar_t>
+QueryBlocking map_blocking(const AttentionShape<scalar_t>& shape) {
+  QueryBlocking result{};
+  const int64_t stride = whole_panels<scalar_t>(shape.key_length);
+  if (stride > kMapKeptKeys) return result;
+  const int64_t most = std::min(kMapKept / (shape.query_heads * stride), kMapQueryBlock);
+  result.rows = std::min(shape.query_length, most / kMaxGemmRows * kMaxGemmRows);
+  result.heads = kQueryBlock / kMapQueryBlock;
+  result.row_blocks = result.rows == 0 ? 0 : blocks(shape.query_length, result.rows);
+  return result;
 }
 
 // Scratch of one thread, in elements of the accumulation type.
 template <typename scalar_t>
-int64_t forward_scratch(const AttentionForward<scalar_t>& call) {
+int64_t forward_scratch(const AttentionForward<scalar_t>& call, int64_t keys) {
   using acc_t = accumulate_t<scalar_t>;
   const int64_t width = padded<acc_t>(call.width), value_width = padded<acc_t>(call.value_width);
   const int64_t rows = call.blocking.rows * call.blocking.heads;
-  const int64_t keys = forward_key_block(call);
   const int64_t loaded = rows * width + keys * (width + value_width);
   const int64_t statistics = 2 * rows * padding<acc_t>;
   return loaded + keys * call.width + rows * value_width + statistics + kMaxGemmRows * keys;
 }
 
 template <typename scalar_t>
-int64_t map_scratch(const AttentionShape<scalar_t>& shape) {
+int64_t map_forward_scratch(const AttentionForward<scalar_t>& call) {
+  using acc_t = accumulate_t<scalar_t>;
+  const int64_t stride = whole_panels<scalar_t>(call.key_length);
+  const int64_t rows = call.query_heads * call.blocking.rows;
+  return rows * stride + padded<acc_t>(rows) + stride + forward_scratch(call, stride);
+}
+
+template <typename scalar_t>
+int64_t map_entropy_scratch(const AttentionShape<scalar_t>& shape) {
   using acc_t = accumulate_t<scalar_t>;
   const int64_t loaded = (kMapQueryBlock + kMapKeyBlock) * padded<acc_t>(shape.width);
   return loaded + padded<acc_t>(kMapKeyBlock * shape.width) + (shape.query_heads + 1) * kMapTile;
@@ -181,6 +211,9 @@ struct AttentionKernel {
 
   // task = (sample, key head, head block, row block). Writes everything but the map entropies.
   static void forward(const AttentionForward<scalar_t>& call, int64_t task, acc_t* memory);
+
+  // task = (sample, row block) of map_blocking. Writes everything.
+  static void map_forward(const AttentionForward<scalar_t>& call, int64_t task, acc_t* memory);
 
   // Second pass of entropy "map": task = (sample, query block of kMapQueryBlock).
   static void map_entropy(const AttentionForward<scalar_t>& call, int64_t task, acc_t* memory);

@@ -115,6 +115,15 @@ def test_long_rows(backend: str, dtype: torch.dtype, entropy: str) -> None:
     check(*case.qkv(seed=1, dtype=dtype), {"is_causal": True}, entropy=entropy)
 
 
+@pytest.mark.parametrize("keys", [1024, 1025, 1400])
+def test_map_of_short_and_long_rows(backend: str, keys: int) -> None:
+    """Longer rows of all heads do not stay in a cache and take a pass of their own."""
+    keys = size(keys, keys // 8)
+    case = AttentionCase(batch=1, heads=6, kv_heads=2, queries=21, keys=keys, dim=8, value_dim=8)
+    hidden = {"is_causal": True, "query_offset": keys - 30, "entropy_from": keys // 2}
+    check(*case.qkv(seed=2), {**case.keywords(), **hidden}, entropy="map")
+
+
 @pytest.mark.parametrize("entropy", ["head", "map", "none"])
 @pytest.mark.parametrize(
     ("shape", "value_dim"),

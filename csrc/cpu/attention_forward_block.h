@@ -1,0 +1,209 @@
+#pragma once
+
+// One block of queries through all its keys: out and the statistics of every row. Only for kernel
+// files.
+
+#include "attention_tile.h"
+
+#include <cmath>
+
+namespace driftar::cpu {
+
+namespace {
+
+// |E_i| without a mask: visible keys from entropy_from on.
+template <typename scalar_t>
+int64_t support_size(const AttentionShape<scalar_t>& shape, int64_t b, int64_t i) {
+  const Visibility& v = shape.visibility;
+  const int64_t from = shape.entropy_from;
+  if (v.ancestors == nullptr) return std::max<int64_t>(visible_end(shape, b, i) - from, 0);
+  const int64_t prefix = v.key_length[b];
+  const uint64_t* related = ancestor_row(shape, b, i);
+  int64_t count = std::max<int64_t>(prefix - from, 0);
+  for (int64_t node = std::max<int64_t>(from - prefix, 0); node <= i; ++node) {
+    count += is_ancestor(related, node);
+  }
+  return count;
+}
+
+template <typename acc_t>
+int64_t count_visible(const acc_t* row, int64_t columns) {
+  int64_t count = 0;
+  for (int64_t c = 0; c < columns; ++c) count += row[c] != kHidden<acc_t>;
+  return count;
+}
+
+template <typename acc_t>
+acc_t entropy_norm(int64_t support, bool normalize) {
+  if (support <= 1) return acc_t(0);
+  return normalize ? acc_t(1) / std::log(static_cast<acc_t>(support)) : acc_t(1);
+}
+
+// SoftmaxStatistics of every row of a block, with the sums spread over the lanes of a vector.
+template <typename T>
+struct BlockStatistics {
+  T maximum[kQueryBlock];
+  T* totals;   // [rows, vector]
+  T* moments;  // [rows, vector]
+
+  static constexpr int64_t lanes = Vector<T>::size();
+
+  void clear(int64_t rows) {
+    std::fill(maximum, maximum + rows, kHidden<T>);
+    std::fill(totals, totals + rows * lanes, T(0));
+    std::fill(moments, moments + rows * lanes, T(0));
+  }
+
+  // Takes in the scores of row r and turns them into exp(score - maximum). `out`, the row's sum of
+  // values weighted with earlier exponentials, shrinks with them when the maximum rises.
+  void absorb(int64_t r, T* scores, int64_t count, T* out, int64_t out_count) {
+    Vector<T> total = Vector<T>::loadu(totals + r * lanes);
+    Vector<T> moment = Vector<T>::loadu(moments + r * lanes);
+    const Vector<T> maxima = row_maxima(scores, count);
+    if (!all_at_most(maxima, maximum[r])) {
+      SoftmaxStatistics<T> unit{maximum[r], T(1), T(0)};
+      const T factor = unit.raise(SoftmaxStatistics<T>::larger(maximum[r], maximum_of(maxima)));
+      maximum[r] = unit.maximum;
+      // raise() moved a total of 1 and a moment of 0.
+      moment = at::vec::fmadd(moment, Vector<T>(factor), total * Vector<T>(unit.moment));
+      total = total * Vector<T>(factor);
+      for (int64_t c = 0; c < out_count; c += lanes) {
+        (Vector<T>::loadu(out + c) * Vector<T>(factor)).store(out + c);
+      }
+    }
+    absorb_exponentials(scores, count, SoftmaxStatistics<T>::shift(maximum[r]), total, moment);
+    total.store(totals + r * lanes);
+    moment.store(moments + r * lanes);
+  }
+
+  SoftmaxStatistics<T> row(int64_t r) const {
+    return {maximum[r], sum_of(Vector<T>::loadu(totals + r * lanes)),
+            sum_of(Vector<T>::loadu(moments + r * lanes))};
+  }
+};
+
+// Where a block leaves exp(score - maximum over E) of the keys of E, which then form one tile.
+template <typename T>
+struct KeptScores {
+  T* scores;  // [rows, stride], set where the query sees the key; null: not kept
+  int64_t stride;
+  T* inverses;  // [rows]: 1 / sum over E of what is kept, 0 for an empty row
+};
+
+template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
+void forward_block(const AttentionForward<scalar_t>& call, const QueryBlock<scalar_t>& block,
+                   KeptScores<acc_t> kept, acc_t* memory) {
+  const int64_t rows = block.count();
+  const int64_t width = whole_vectors<acc_t>(call.width);
+  const int64_t value_width = whole_vectors<acc_t>(call.value_width);
+  const int64_t out_stride = padded<acc_t>(call.value_width);
+  const int64_t key_block = kept.scores != nullptr ? kept.stride : forward_key_block(call);
+
+  Scratch<acc_t> scratch{memory};
+  acc_t* query_buffer = scratch.take(rows * padded<acc_t>(call.width));
+  acc_t* key_buffer = scratch.take(key_block * padded<acc_t>(call.width));
+  acc_t* value_buffer = scratch.take(key_block * out_stride);
+  acc_t* packed = scratch.take(key_block * call.width);
+  acc_t* scores = scratch.take(kGemmRows<acc_t> * key_block);
+  acc_t* out = scratch.take(rows * out_stride);
+  BlockStatistics<acc_t> statistics;
+  statistics.totals = scratch.take(rows * statistics.lanes);
+  statistics.moments = scratch.take(rows * statistics.lanes);
+  statistics.clear(rows);
+  std::fill(out, out + rows * out_stride, acc_t(0));
+
+  const bool few = rows <= kDotRows;
+  const bool wants_entropy = call.entropy != EntropyKind::none;
+  const bool counts = wants_entropy && call.visibility.mask != nullptr;
+  int64_t support[kQueryBlock] = {};
+  SoftmaxStatistics<acc_t> counted[kQueryBlock];
+
+  const Rows<acc_t> queries = block.load(call.query, call.width, query_buffer);
+  const auto absorb_keys = [&](int64_t first, int64_t last, bool keep) {
+    for (int64_t column = first; column < last; column += key_block) {
+      const Tile tile{column, std::min(key_block, last - column)};
+      const Rows<acc_t> keys = load_rows(call.key, block.b, block.key_head(), column, tile.columns,
+                                         call.width, key_buffer);
+      const Rows<acc_t> values = load_rows(call.value, block.b, block.key_head(), column,
+                                           tile.columns, call.value_width, value_buffer);
+      // The values, and later the next keys, are asked for in portions, so that they travel while
+      // there is something to compute.
+      for (int64_t c = 0; c < tile.columns; c += kGemmColumns<acc_t>) {
+        const int64_t count = std::min(kGemmColumns<acc_t>, tile.columns - c);
+        prefetch(values.from(c), count, value_width);
+        if (few) {
+          dot_products(rows, count, width, call.scale, queries, keys.from(c),
+                       (keep ? kept.scores : scores) + c, key_block);
+        } else {
+          pack_transposed(keys.from(c), count, call.width, call.scale, packed + c * call.width);
+        }
+      }
+      const int64_t coming =
+          keys.data == key_buffer ? 0 : std::min(last - column - tile.columns, key_block);
+      const int64_t portion = (coming + rows - 1) / rows;
+      const bool guarded =
+          is_partial(block, tile) && !all_finite(values, tile.columns, value_width);
+      for_each_strip(block, tile, [&](const Strip& strip) {
+        acc_t* strip_scores = keep ? kept.scores + strip.first * key_block : scores;
+        const int64_t next = strip.first + strip.rows;
+        prefetch(queries.from(next), std::min(kGemmRows<acc_t>, rows - next), width);
+        if (!few) {
+          score_products(block, strip, queries, packed_panels(packed, call.width), strip_scores,
+                         key_block);
+        }
+        hide_keys(block, tile, strip, strip_scores, key_block);
+        for (int64_t r = 0; r < strip.rows; ++r) {
+          acc_t* row_scores = strip_scores + r * key_block;
+          acc_t* row_out = out + (strip.first + r) * out_stride;
+          const int64_t ahead = (strip.first + r) * portion;
+          prefetch(keys.from(tile.columns + ahead), std::min(portion, coming - ahead), width);
+          if (counts && column >= call.entropy_from) {
+            support[strip.first + r] += count_visible(row_scores, strip.columns);
+          }
+          statistics.absorb(strip.first + r, row_scores, whole_vectors<acc_t>(strip.columns),
+                            row_out, value_width);
+        }
+        accumulate(strip.rows, value_width, strip.columns, {strip_scores, key_block, 1}, values,
+                   guarded, out + strip.first * out_stride, out_stride);
+      });
+    }
+  };
+
+  // The keys that count for the entropy come first: their statistics are those of all keys so far.
+  const int64_t end = visible_end(call, block.b, block.row + block.rows - 1);
+  const int64_t from = wants_entropy ? std::min(call.entropy_from, end) : 0;
+  absorb_keys(from, end, kept.scores != nullptr);
+  for (int64_t r = 0; r < rows; ++r) counted[r] = statistics.row(r);
+  absorb_keys(0, from, false);
+
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t i = block.index(r);
+    const SoftmaxStatistics<acc_t> all = from > 0 ? statistics.row(r) : counted[r];
+    const acc_t inverse = all.empty() ? acc_t(0) : acc_t(1) / all.total;
+    scalar_t* target = call.out + i * call.value_width;
+    for (int64_t c = 0; c < call.value_width; ++c) {
+      target[c] = static_cast<scalar_t>(out[r * out_stride + c] * inverse);
+    }
+    call.lse[i] = all.lse();
+    call.max_score[i] = all.maximum;
+    if (!wants_entropy) continue;
+    call.entropy_lse[i] = counted[r].lse();
+    if (kept.scores != nullptr) {
+      kept.inverses[r] = counted[r].empty() ? acc_t(0) : acc_t(1) / counted[r].total;
+    }
+    const int64_t size = counts ? support[r] : support_size(call, block.b, block.query_of(r));
+    if (call.entropy == EntropyKind::map) {
+      // Support per head, for the second pass to reduce.
+      call.entropy_cross[i] = static_cast<acc_t>(size);
+      continue;
+    }
+    const acc_t norm = entropy_norm<acc_t>(size, call.normalize);
+    const acc_t entropy = counted[r].entropy();
+    call.entropy_norm[i] = norm;
+    call.entropy_cross[i] = -entropy;
+    call.entropy_out[i] = entropy * norm;
+  }
+}
+
+}  // namespace
+}  // namespace driftar::cpu
