@@ -122,7 +122,8 @@ def drift_loss(
     weights = (gen_weight, pos_weight, neg_weight)
     field = _field("drift_loss", gen, pos, neg, weights, temperatures, normalization, group)
     unit = reference.input_scale(field.scale, gen.shape[2])
-    loss = _Loss.apply(gen, field.force, unit)
+    native = backends.select("drift_loss", gen.device) == "cpu"
+    loss = _Loss.apply(gen, field.force, unit, native)
     return loss.mean() if reduction == "mean" else loss
 
 
@@ -130,18 +131,22 @@ class _Loss(torch.autograd.Function):
     """``mean_is ((gen - constant) / unit - force)^2`` of every problem, where gen = constant."""
 
     @staticmethod
-    def forward(ctx: Any, gen: Tensor, force: Tensor, unit: Tensor) -> Tensor:
+    def forward(ctx: Any, gen: Tensor, force: Tensor, unit: Tensor, native: bool) -> Tensor:
+        ctx.native = native
         ctx.save_for_backward(gen, force, unit)
         return torch.linalg.vector_norm(force, dim=(1, 2)).square() / force[0].numel()
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
         gen, force, unit = ctx.saved_tensors
+        factor = grad_loss * (-2 / (unit * force[0].numel()))
         if torch.is_grad_enabled():  # zero, but for its derivative
             wide = gen.to(force.dtype)
             force = force - (wide - wide.detach()) / unit
-        factor = grad_loss * (-2 / (unit * force[0].numel()))
-        return (force * factor[:, None, None]).to(gen.dtype), None, None
+        elif ctx.native:
+            gradient = _library.native("drift_loss_gradient")(force, factor, gen.dtype)
+            return gradient, None, None, None
+        return (force * factor[:, None, None]).to(gen.dtype), None, None, None
 
 
 def _field(
@@ -174,8 +179,9 @@ def _field(
         if backend == "cpu" and _many_small(gen, weight):
             # A second look at the points costs less than the raw forces' way through memory.
             forces = (*points, distances, scale, values)
-            norms = _norms(_library.native("drift_squares")(*forces), gen, group)
-            force = _library.native("drift_combined_force")(*forces, _factors(norms))
+            squares, balances = _library.native("drift_squares")(*forces)
+            norms = _norms(squares, gen, group)
+            force = _library.native("drift_combined_force")(*forces, balances, _factors(norms))
             return DriftField(force, scale, norms)
         if backend == "reference":
             raw, squares = reference.drift_force(*points, scale, values)
@@ -315,8 +321,10 @@ def _squares_fake(
     distances: Tensor,
     scale: Tensor,
     temperatures: Sequence[float],
-) -> Tensor:
-    return weight.new_empty(len(temperatures))
+) -> tuple[Tensor, Tensor]:
+    count = len(temperatures)
+    balances = weight.new_empty(gen.shape[0], count, 3 * gen.shape[1] + weight.shape[1])
+    return weight.new_empty(count), balances
 
 
 def _combined_force_fake(
@@ -327,12 +335,18 @@ def _combined_force_fake(
     distances: Tensor,
     scale: Tensor,
     temperatures: Sequence[float],
+    balances: Tensor,
     factors: Tensor,
 ) -> Tensor:
     return weight.new_empty(gen.shape)
+
+
+def _loss_gradient_fake(force: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return force.new_empty(force.shape, dtype=dtype)
 
 
 _library.register_fake("drift_distances", _distances_fake)
 _library.register_fake("drift_force", _force_fake)
 _library.register_fake("drift_squares", _squares_fake, twin=False)
 _library.register_fake("drift_combined_force", _combined_force_fake, twin=False)
+_library.register_fake("drift_loss_gradient", _loss_gradient_fake, twin=False)

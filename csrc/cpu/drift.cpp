@@ -6,6 +6,7 @@
 #include "parallel.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/tensor.h>
 #include <torch/library.h>
 
@@ -250,46 +251,69 @@ struct BatchOfForces : DriftBatch<T> {
   }
 };
 
-Tensor drift_squares(const Tensor& gen, const Tensor& pos, const optional<Tensor>& neg,
-                     const Tensor& weight, const Tensor& distances, const Tensor& scale,
-                     at::ArrayRef<double> temperatures) {
+std::vector<int64_t> balance_shape(const Tensor& gen, const Tensor& weight, size_t temperatures) {
+  return {gen.size(0), static_cast<int64_t>(temperatures), 3 * gen.size(1) + weight.size(1)};
+}
+
+std::tuple<Tensor, Tensor> drift_squares(const Tensor& gen, const Tensor& pos,
+                                         const optional<Tensor>& neg, const Tensor& weight,
+                                         const Tensor& distances, const Tensor& scale,
+                                         at::ArrayRef<double> temperatures) {
   check_problem("drift_squares", gen, pos, neg, weight);
   check_statistics("drift_squares", gen, weight, distances, scale, temperatures);
   const Tensor weights = weight.contiguous(), kept = distances.contiguous();
+  const Tensor balances =
+      at::empty(balance_shape(gen, weight, temperatures.size()), weight.options());
   std::vector<double> partial(gen.size(0) * temperatures.size()), squares(temperatures.size(), 0.0);
   dispatch_floating(gen.scalar_type(), [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     BatchOfForces<scalar_t> call(drift_points<scalar_t>(gen, pos, neg, weights), kept, scale,
                                  temperatures);
+    call.balances = balances.mutable_data_ptr<accumulate_t<scalar_t>>();
     call.squares = partial.data();
     each_problem(call, weight.options(),
                  [&](auto kernel, int64_t b, auto* memory) { kernel.squares(call, b, memory); });
   });
   for (size_t i = 0; i < partial.size(); ++i) squares[i % squares.size()] += partial[i];
-  return at::tensor(squares, at::kDouble).to(weight.scalar_type());
+  return {at::tensor(squares, at::kDouble).to(weight.scalar_type()), balances};
 }
 
 Tensor drift_combined_force(const Tensor& gen, const Tensor& pos, const optional<Tensor>& neg,
                             const Tensor& weight, const Tensor& distances, const Tensor& scale,
-                            at::ArrayRef<double> temperatures, const Tensor& factors) {
+                            at::ArrayRef<double> temperatures, const Tensor& balances,
+                            const Tensor& factors) {
   const char* op = "drift_combined_force";
   check_problem(op, gen, pos, neg, weight);
   check_statistics(op, gen, weight, distances, scale, temperatures);
   check_shape(op, "factors", factors, {static_cast<int64_t>(temperatures.size())});
+  check_shape(op, "balances", balances, balance_shape(gen, weight, temperatures.size()));
+  TORCH_CHECK_TYPE(balances.scalar_type() == weight.scalar_type(), op, ": balances must be ",
+                   weight.scalar_type());
   const Tensor weights = weight.contiguous(), kept = distances.contiguous();
   const Tensor values = factors.to(weight.scalar_type()).contiguous();
+  Tensor own = balances.contiguous();
   const Tensor force = empty_large(gen.sizes(), weight.options());
   dispatch_floating(gen.scalar_type(), [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using acc_t = accumulate_t<scalar_t>;
     BatchOfForces<scalar_t> call(drift_points<scalar_t>(gen, pos, neg, weights), kept, scale,
                                  temperatures);
+    call.balances = own.mutable_data_ptr<acc_t>();
     call.factors = values.const_data_ptr<acc_t>();
     call.force = force.mutable_data_ptr<acc_t>();
     each_problem(call, weight.options(),
                  [&](auto kernel, int64_t b, auto* memory) { kernel.combine(call, b, memory); });
   });
   return force;
+}
+
+// force[b] factor[b], of the dtype of the samples that the gradient belongs to.
+Tensor drift_loss_gradient(const Tensor& force, const Tensor& factor, at::ScalarType dtype) {
+  check_rank("drift_loss_gradient", "force", force, 3);
+  check_shape("drift_loss_gradient", "factor", factor, {force.size(0)});
+  Tensor gradient = empty_large(force.sizes(), force.options().dtype(dtype));
+  at::mul_out(gradient, force, factor.to(force.scalar_type()).view({-1, 1, 1}));
+  return gradient;
 }
 
 }  // namespace
@@ -299,6 +323,7 @@ TORCH_LIBRARY_IMPL(driftar, CPU, library) {
   library.impl("drift_force", &drift_force);
   library.impl("drift_squares", &drift_squares);
   library.impl("drift_combined_force", &drift_combined_force);
+  library.impl("drift_loss_gradient", &drift_loss_gradient);
 }
 
 }  // namespace driftar::cpu

@@ -148,6 +148,7 @@ struct DriftBatch : DriftPoints<scalar_t> {
   acc_t scale = 0;                      // global mean distance
   const acc_t* temperatures = nullptr;  // [T]
   int64_t temperature_count = 0;
+  acc_t* balances = nullptr;       // [B, T, 3 N + M]: squares() leaves them to combine()
   const acc_t* factors = nullptr;  // [T]: of the temperatures in the sum
   acc_t* force = nullptr;          // [B, N, S]
   double* squares = nullptr;       // [B, T]
@@ -163,10 +164,10 @@ struct DriftBatchKernel {
   // Keeps the distances if asked to; returns sum_ij d_ij w_j.
   static double weighted_distance(const DriftBatch<scalar_t>& call, int64_t b, acc_t* memory);
 
-  // Sums of squares of the forces of every temperature.
+  // Sums of squares of the forces of every temperature, and their balances.
   static void squares(const DriftBatch<scalar_t>& call, int64_t b, acc_t* memory);
 
-  // The forces of all temperatures times their factors, summed: one product.
+  // The forces of all temperatures times their factors, summed: one product. Takes the balances.
   static void combine(const DriftBatch<scalar_t>& call, int64_t b, acc_t* memory);
 };
 

@@ -4,6 +4,8 @@
 #include "drift_gram.h"
 #include "drift_softmax.h"
 
+#include <tuple>
+
 namespace driftar::cpu {
 
 namespace {
@@ -15,13 +17,15 @@ constexpr int64_t kBatchDepth = 4 * kPanelWidth<acc_t>;
 // What the passes over one problem share.
 template <typename acc_t>
 struct ProblemMemory {
-  int64_t stride;
+  int64_t generated, points, stride;
   acc_t* stripe;  // [M padded, width]
   acc_t* values;  // [N, M padded]: distances, then D
   acc_t* rest;
 
   ProblemMemory(int64_t generated, int64_t points, acc_t* memory)
-      : stride(row_length<acc_t>(points)),
+      : generated(generated),
+        points(points),
+        stride(row_length<acc_t>(points)),
         stripe(memory),
         values(stripe + stride * kPanelWidth<acc_t>),
         rest(values + generated * stride) {
@@ -59,17 +63,18 @@ void distances_of(const DriftBatch<scalar_t>& call, int64_t b, const ProblemMemo
   products_to_distances(call, b, 0, call.generated, norms, memory.values);
 }
 
-// Where the coefficients of `sets` sums of points come from.
+// Where the coefficients of `sets` sums of points come from, for T temperatures.
 template <typename acc_t>
 struct ForceMemory : ProblemMemory<acc_t> {
   acc_t *w_neg, *w_pos;
   acc_t* sums;          // [N, width]
   acc_t* coefficients;  // [sets, N, M padded]
   acc_t* affinity;      // [N, M padded]
-  acc_t *shifts, *columns, *row_totals;
+  acc_t* row;           // [M padded]
+  acc_t* balances;      // [T, Balance::size]
   Minima<acc_t> minima;
 
-  ForceMemory(int64_t generated, int64_t points, int64_t sets, acc_t* memory)
+  ForceMemory(int64_t generated, int64_t points, int64_t sets, int64_t temperatures, acc_t* memory)
       : ProblemMemory<acc_t>(generated, points, memory) {
     const int64_t stride = this->stride, size = generated * stride;
     w_neg = this->rest;
@@ -77,33 +82,49 @@ struct ForceMemory : ProblemMemory<acc_t> {
     sums = w_pos + stride;
     coefficients = sums + generated * kPanelWidth<acc_t>;
     affinity = coefficients + sets * size;
-    shifts = affinity + size;
-    columns = shifts + stride;
-    row_totals = columns + stride;
-    minima = {0, 0, row_totals + generated, row_totals + 2 * generated};
+    row = affinity + size;
+    balances = row + stride;
+    acc_t* extremes = balances + temperatures * Balance<acc_t>::size(generated, points);
+    minima = {0, 0, extremes, extremes + generated};
+  }
+
+  Balance<acc_t> balance(int64_t t) const {
+    return {this->generated, this->points,
+            balances + t * Balance<acc_t>::size(this->generated, this->points)};
   }
 };
 
-// Calls visit(t, r, row) for every temperature and row of affinities before weighting.
-template <typename scalar_t, typename acc_t, typename Visitor>
-void each_affinity(const DriftBatch<scalar_t>& call, int64_t b, ForceMemory<acc_t>& memory,
-                   Visitor&& visit) {
-  const int64_t points = call.points, rows = call.generated;
-  const acc_t* distances = memory.values;
-  int64_t stride = memory.stride;
-  if (call.kept == nullptr) {
-    distances_of(call, b, memory);
-  } else {
-    distances = call.kept + b * rows * points;
-    stride = points;
+// Rows of distances.
+template <typename acc_t>
+struct DistanceRows {
+  const acc_t* data;
+  int64_t stride;
+  bool kept;
+
+  const acc_t* at(int64_t r) const { return data + r * stride; }
+  // Kept ones of the next problem come into the cache while this one is computed.
+  void prefetch_next(int64_t rows, int64_t r) const {
+    if (!kept) return;
+    constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(acc_t));
+    for (int64_t j = 0; j < stride; j += line) __builtin_prefetch(at(rows + r) + j, 0, 2);
   }
-  scale_distances(distances, stride, 0, rows, points, call.scale, memory.values, memory.minima);
-  split_weights(call.weight + b * points, call.negatives(), points, memory.w_neg, memory.w_pos);
-  for (int64_t t = 0; t < call.temperature_count; ++t) {
-    whole_affinities(memory.values, rows, points, memory.minima, acc_t(1) / call.temperatures[t],
-                     memory.row_totals, memory.shifts, memory.columns, memory.affinity,
-                     [&](int64_t r, const acc_t* row) { visit(t, r, row); });
+};
+
+template <typename scalar_t, typename acc_t>
+DistanceRows<acc_t> distance_rows(const DriftBatch<scalar_t>& call, int64_t b,
+                                  const ProblemMemory<acc_t>& problem) {
+  if (call.kept != nullptr) {
+    return {call.kept + b * call.generated * call.points, call.points, true};
   }
+  distances_of(call, b, problem);
+  return {problem.values, problem.stride, false};
+}
+
+// Where the balance of a temperature passes from one look at a problem to the next.
+template <typename scalar_t>
+accumulate_t<scalar_t>* saved_balance(const DriftBatch<scalar_t>& call, int64_t b, int64_t t) {
+  const int64_t size = 3 * call.generated + call.points;
+  return call.balances + (b * call.temperature_count + t) * size;
 }
 
 template <typename scalar_t>
@@ -132,8 +153,9 @@ int64_t DriftBatchKernel<isa, scalar_t>::scratch(const DriftBatch<scalar_t>& cal
   const int64_t stride = row_length<acc_t>(call.points), rows = call.generated;
   const int64_t problem = stride * width + rows * stride;
   const int64_t distances = stride * (2 + kBatchDepth<acc_t>);
-  const int64_t forces =
-      (call.temperature_count + 1) * rows * stride + 5 * stride + 2 * rows + rows * width;
+  const int64_t sets = call.temperature_count + 1;
+  const int64_t balances = call.temperature_count * Balance<acc_t>::size(rows, call.points);
+  const int64_t forces = sets * rows * stride + 4 * stride + balances + rows + rows * width;
   return problem + std::max(distances, forces) + gram_scratch(call);
 }
 
@@ -159,7 +181,7 @@ void DriftBatchKernel<isa, scalar_t>::squares(const DriftBatch<scalar_t>& call, 
                                               acc_t* memory) {
   constexpr int64_t width = kPanelWidth<acc_t>;
   const int64_t points = call.points, rows = call.generated, count = call.temperature_count;
-  ForceMemory<acc_t> problem(rows, points, count, memory);
+  ForceMemory<acc_t> problem(rows, points, count, count, memory);
   const int64_t stride = problem.stride;
   acc_t* norms = memory + scratch(call) - gram_scratch(call);
   acc_t* gram = norms + panel_padded<acc_t>(points);
@@ -171,10 +193,21 @@ void DriftBatchKernel<isa, scalar_t>::squares(const DriftBatch<scalar_t>& call, 
     mirror_gram(points, gram);
   }
   const acc_t factor = inverse_unit(call);
-  each_affinity(call, b, problem, [&](int64_t t, int64_t r, const acc_t* affinity) {
-    coefficient_row(affinity, stride, problem.w_neg, problem.w_pos, factor, false,
-                    problem.coefficients + (t * rows + r) * stride);
-  });
+  const DistanceRows<acc_t> distances = distance_rows(call, b, problem);
+  scale_distances(distances.data, distances.stride, 0, rows, points, call.scale, problem.values,
+                  problem.minima);
+  split_weights(call.weight + b * points, call.negatives(), points, problem.w_neg, problem.w_pos);
+  for (int64_t t = 0; t < count; ++t) {
+    const Balance<acc_t> balance = problem.balance(t);
+    whole_affinities(problem.values, rows, points, problem.minima, 1 / call.temperatures[t],
+                     balance, problem.row, problem.affinity, [&](int64_t r, const acc_t* affinity) {
+                       if (t == 0) distances.prefetch_next(rows, r);
+                       std::tie(balance.repel[r], balance.attract[r]) =
+                           coefficient_row(affinity, stride, problem.w_neg, problem.w_pos, factor,
+                                           problem.coefficients + (t * rows + r) * stride);
+                     });
+    balance.save(saved_balance(call, b, t));
+  }
   double* squares = call.squares + b * count;
   bool settled = uses_gram(call);
   for (int64_t t = 0; t < count && settled; ++t) {
@@ -199,13 +232,23 @@ void DriftBatchKernel<isa, scalar_t>::combine(const DriftBatch<scalar_t>& call, 
                                               acc_t* memory) {
   constexpr int64_t width = kPanelWidth<acc_t>;
   const int64_t points = call.points, rows = call.generated, features = call.features;
-  ForceMemory<acc_t> problem(rows, points, 1, memory);
+  const int64_t count = call.temperature_count;
+  ForceMemory<acc_t> problem(rows, points, 1, count, memory);
   const int64_t stride = problem.stride;
-  const acc_t inverse = inverse_unit(call);
-  each_affinity(call, b, problem, [&](int64_t t, int64_t r, const acc_t* affinity) {
-    coefficient_row(affinity, stride, problem.w_neg, problem.w_pos, call.factors[t] * inverse,
-                    t > 0, problem.coefficients + r * stride);
-  });
+  const acc_t factor = inverse_unit(call);
+  const DistanceRows<acc_t> distances = distance_rows(call, b, problem);
+  split_weights(call.weight + b * points, call.negatives(), points, problem.w_neg, problem.w_pos);
+  for (int64_t t = 0; t < count; ++t) problem.balance(t).load(saved_balance(call, b, t));
+  for (int64_t r = 0; r < rows; ++r) {
+    distances.prefetch_next(rows, r);
+    scale_row(distances.at(r), points, call.scale, r, problem.row);
+    acc_t* coefficients = problem.coefficients + r * stride;
+    std::fill_n(coefficients, stride, acc_t(0));
+    for (int64_t t = 0; t < count; ++t) {
+      add_balanced_row(problem.row, stride, 1 / call.temperatures[t], problem.balance(t), r,
+                       problem.w_neg, problem.w_pos, factor * call.factors[t], coefficients);
+    }
+  }
   acc_t* force = call.force + b * rows * features;
   for (int64_t first = 0; first < features; first += width) {
     const int64_t columns = std::min(width, features - first);

@@ -114,7 +114,7 @@ void DriftForceKernel<isa, scalar_t>::force(const DriftForces<scalar_t>& call, i
     for (int64_t r = 0; r < block.rows; ++r) {
       acc_t* row = coefficients + r * stride;
       affinity_row(scaled + r * stride, stride, inverse, row_half[r], column_half, row);
-      coefficient_row(row, stride, w_neg, w_pos, acc_t(1) / unit, false, row);
+      coefficient_row(row, stride, w_neg, w_pos, acc_t(1) / unit, row);
     }
     acc_t* force =
         call.force + ((t * call.batch + block.b) * call.generated + block.row) * features;

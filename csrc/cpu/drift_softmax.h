@@ -36,6 +36,15 @@ struct Minima {
   bool shared(T inverse) const { return (highest - lowest) * inverse <= T(kSharedRange); }
 };
 
+// D of one generated sample, the point `self`, from its distances.
+template <typename T>
+void scale_row(const T* distances, int64_t points, T scale, int64_t self, T* scaled) {
+  const T factor = T(1) / std::max(scale, T(kMinScale));
+  for (int64_t j = 0; j < points; ++j) scaled[j] = distances[j] * factor;
+  std::fill(scaled + points, scaled + row_length<T>(points), std::numeric_limits<T>::infinity());
+  scaled[self] += T(kSelfDistance);
+}
+
 // D of the generated samples [row, row + rows) from their distances, and its minima.
 template <typename T>
 void scale_distances(const T* distances, int64_t source_stride, int64_t row, int64_t rows,
@@ -43,24 +52,18 @@ void scale_distances(const T* distances, int64_t source_stride, int64_t row, int
   using V = Vector<T>;
   constexpr T kInfinite = std::numeric_limits<T>::infinity();
   const int64_t stride = row_length<T>(points);
-  const T factor = T(1) / std::max(scale, T(kMinScale));
   minima.lowest = kInfinite, minima.highest = -kInfinite;
   std::fill_n(minima.column, stride, kInfinite);
   for (int64_t r = 0; r < rows; ++r) {
     T* x = scaled + r * stride;
-    const T* source = distances + r * source_stride;
-    for (int64_t j = 0; j < points; ++j) x[j] = source[j] * factor;
-    std::fill(x + points, x + stride, kInfinite);
-    x[row + r] += T(kSelfDistance);
+    scale_row(distances + r * source_stride, points, scale, row + r, x);
     V least(kInfinite);
     for (int64_t j = 0; j < stride; j += V::size()) {
       const V value = V::loadu(x + j);
       least = at::vec::minimum(least, value);
       at::vec::minimum(V::loadu(minima.column + j), value).store(minima.column + j);
     }
-    alignas(64) T lanes[V::size()];
-    least.store(lanes);
-    minima.row[r] = *std::min_element(lanes, lanes + V::size());
+    minima.row[r] = -maximum_of(V(T(0)) - least);
   }
   std::fill(minima.column + points, minima.column + stride, T(0));
   for (const auto& [values, count] :
@@ -161,21 +164,68 @@ void affinity_row(const T* scaled, int64_t stride, T inverse, T row_half, const 
   }
 }
 
-// Affinities before weighting of a whole problem [rows, M padded]. Where one shift serves all rows
-// and columns, one exponential serves both softmaxes: a_ij^2 = (e_ij / sum_j e_ij) (e_ij / sum_i
-// e_ij).
+// Half the log-sum-exps of padded totals, in place.
+template <typename T>
+void half_lses(T* totals, int64_t count, T shift, T inverse) {
+  using V = Vector<T>;
+  row_logarithm(totals, count);
+  for (int64_t i = 0; i < count; i += V::size()) {
+    (V(T(0.5)) * (V::loadu(totals + i) - V(shift * inverse))).store(totals + i);
+  }
+}
+
+// What one temperature of a problem needs besides D to have its coefficients again:
+//   c_ij = max(exp(-D_ij / R - row_half_i - column_half_j), 1e-3) (repel_i w_pos_j - attract_i
+//   w_neg_j)
+template <typename T>
+struct Balance {
+  int64_t generated, points;
+  T *row_half, *repel, *attract;  // [N padded]
+  T* column_half;                 // [M padded]
+
+  Balance(int64_t generated, int64_t points, T* memory) : generated(generated), points(points) {
+    const int64_t padded_rows = panel_padded<T>(generated);
+    row_half = memory;
+    repel = row_half + padded_rows;
+    attract = repel + padded_rows;
+    column_half = attract + padded_rows;
+  }
+
+  static int64_t size(int64_t generated, int64_t points) {
+    return 3 * panel_padded<T>(generated) + row_length<T>(points);
+  }
+
+  // To and from [3 N + M].
+  void save(T* target) const {
+    for (const T* rows : {row_half, repel, attract}) target = std::copy_n(rows, generated, target);
+    std::copy_n(column_half, points, target);
+  }
+  void load(const T* source) const {
+    for (T* rows : {row_half, repel, attract}) {
+      std::copy_n(source, generated, rows);
+      source += generated;
+    }
+    std::fill(std::copy_n(source, points, column_half), column_half + row_length<T>(points), T(0));
+  }
+};
+
+// Affinities before weighting of a whole problem [rows, M padded], and the balance's halves. Where
+// one shift serves all rows and columns, one exponential serves both softmaxes:
+//   a_ij^2 = (e_ij / sum_j e_ij) (e_ij / sum_i e_ij)
 // Calls visit(r, row) for every row, while it is in the cache.
 template <typename T, typename Visitor>
 void whole_affinities(const T* scaled, int64_t rows, int64_t points, const Minima<T>& minima,
-                      T inverse, T* row_totals, T* shifts, T* columns, T* out, Visitor&& visit) {
+                      T inverse, const Balance<T>& balance, T* scratch, T* out, Visitor&& visit) {
   using V = Vector<T>;
-  const int64_t stride = row_length<T>(points);
+  const int64_t stride = row_length<T>(points), padded_rows = panel_padded<T>(rows);
+  T* columns = balance.column_half;
+  std::fill(balance.row_half + rows, balance.row_half + padded_rows, T(1));
   if (!minima.shared(inverse)) {
-    softmax_sums(scaled, rows, stride, minima, inverse, row_totals, shifts, columns);
-    for (int64_t j = 0; j < points; ++j) columns[j] = half_lse(columns[j], shifts[j], inverse);
+    softmax_sums(scaled, rows, stride, minima, inverse, balance.row_half, scratch, columns);
+    for (int64_t j = 0; j < points; ++j) columns[j] = half_lse(columns[j], scratch[j], inverse);
     std::fill(columns + points, columns + stride, T(0));
     for (int64_t r = 0; r < rows; ++r) {
-      affinity_row(scaled + r * stride, stride, inverse, row_totals[r], columns, out);
+      affinity_row(scaled + r * stride, stride, inverse, balance.row_half[r], columns, out);
       visit(r, out);
     }
     return;
@@ -183,30 +233,32 @@ void whole_affinities(const T* scaled, int64_t rows, int64_t points, const Minim
   std::fill_n(columns, stride, T(0));
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t row = r * stride;
-    row_totals[r] =
+    balance.row_half[r] =
         exponential_sum(scaled + row, stride, minima.lowest, inverse, columns, out + row);
   }
   const V one(T(1)), floor{T(kMinAffinity)}, tiny(std::numeric_limits<T>::min());
   for (int64_t j = 0; j < stride; j += V::size()) {  // sums are 0 only in the padding
-    (one / at::vec::maximum(V::loadu(columns + j), tiny).sqrt()).store(columns + j);
+    (one / at::vec::maximum(V::loadu(columns + j), tiny).sqrt()).store(scratch + j);
   }
   for (int64_t r = 0; r < rows; ++r) {
-    const V own(T(1) / std::sqrt(row_totals[r]));
+    const V own(T(1) / std::sqrt(balance.row_half[r]));
     T* row = out + r * stride;
     for (int64_t j = 0; j < stride; j += V::size()) {
-      const V affinity = V::loadu(row + j) * own * V::loadu(columns + j);
+      const V affinity = V::loadu(row + j) * own * V::loadu(scratch + j);
       at::vec::maximum(affinity, floor).store(row + j);
     }
     visit(r, row);
   }
+  half_lses(balance.row_half, padded_rows, minima.lowest, inverse);
+  half_lses(columns, stride, minima.lowest, inverse);
 }
 
 // Coefficients of the points in F_i = A-_i sum_pos a_ij y_j - A+_i sum_neg a_ij y_j, times
 // `factor`, from affinities before weighting. The weights are split: w_neg is 0 at positives, w_pos
-// elsewhere.
+// elsewhere. Returns A-, A+.
 template <typename T>
-void coefficient_row(const T* affinity, int64_t stride, const T* w_neg, const T* w_pos, T factor,
-                     bool add, T* out) {
+std::pair<T, T> coefficient_row(const T* affinity, int64_t stride, const T* w_neg, const T* w_pos,
+                                T factor, T* out) {
   using V = Vector<T>;
   V repel(T(0)), attract(T(0));
   for (int64_t j = 0; j < stride; j += V::size()) {
@@ -214,11 +266,32 @@ void coefficient_row(const T* affinity, int64_t stride, const T* w_neg, const T*
     repel = at::vec::fmadd(a, V::loadu(w_neg + j), repel);
     attract = at::vec::fmadd(a, V::loadu(w_pos + j), attract);
   }
-  const V to_pos(factor * sum_of(repel)), to_neg(-factor * sum_of(attract));
+  const std::pair result{sum_of(repel), sum_of(attract)};
+  const V to_pos(factor * result.first), to_neg(-factor * result.second);
   for (int64_t j = 0; j < stride; j += V::size()) {
     const V weight = at::vec::fmadd(to_pos, V::loadu(w_pos + j), to_neg * V::loadu(w_neg + j));
-    const V value = V::loadu(affinity + j) * weight;
-    (add ? V::loadu(out + j) + value : value).store(out + j);
+    (V::loadu(affinity + j) * weight).store(out + j);
+  }
+  return result;
+}
+
+// Adds the coefficients of row r again, times `factor`, from D and the temperature's balance.
+template <typename T>
+void add_balanced_row(const T* scaled, int64_t stride, T inverse, const Balance<T>& balance,
+                      int64_t r, const T* w_neg, const T* w_pos, T factor, T* out) {
+  using V = Vector<T>;
+  const V rate(-inverse), own(-balance.row_half[r]), floor{T(kMinAffinity)};
+  const V to_pos(factor * balance.repel[r]), to_neg(-factor * balance.attract[r]);
+  for (int64_t j = 0; j < stride; j += 2 * V::size()) {
+#pragma GCC unroll 2
+    for (int64_t v = 0; v < 2; ++v) {
+      const int64_t at = j + v * V::size();
+      const V argument =
+          at::vec::fmadd(rate, V::loadu(scaled + at), own) - V::loadu(balance.column_half + at);
+      const V affinity = at::vec::maximum(exponential(argument), floor);
+      const V weight = at::vec::fmadd(to_pos, V::loadu(w_pos + at), to_neg * V::loadu(w_neg + at));
+      at::vec::fmadd(affinity, weight, V::loadu(out + at)).store(out + at);
+    }
   }
 }
 

@@ -200,7 +200,8 @@ def test_triton_twins_have_the_native_schema() -> None:
     twins = {name for name in names if name.endswith("_triton")}
     if "cpu" in driftar_kernels.available_backends():
         # The C++ kernels alone choose between two ways to the combined force.
-        alone = {"drift_squares", "drift_combined_force", "verify_chain_reference"}
+        batch = {"drift_squares", "drift_combined_force"}
+        alone = batch | {"drift_loss_gradient", "verify_chain_reference"}
         assert {twin.removesuffix("_triton") for twin in twins} == names - twins - alone
     for twin in twins:
         native = getattr(operators, twin.removesuffix("_triton")).default._schema
