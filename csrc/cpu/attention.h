@@ -88,8 +88,8 @@ struct AttentionBackward : AttentionShape<scalar_t> {
 
 // Keys per block.
 constexpr int64_t kKeyBlock = 256;
-// Queries per block: at most, and as few as keep every thread busy. Many, since the keys are packed
-// anew for every block.
+// Queries per block: at most, since the keys are packed anew for every block. As few as give every
+// thread several blocks, down to the second number; fewer only for threads that would have none.
 constexpr int64_t kQueryBlock = 512;
 constexpr int64_t kMinQueryBlock = 64;
 // Blocks of the backward pass, whose tiles of scores and of their gradients stay in the L2 cache.
@@ -115,13 +115,13 @@ template <typename scalar_t>
 QueryBlocking query_blocking(const AttentionShape<scalar_t>& shape, int64_t threads) {
   const int64_t group = shape.query_heads / shape.key_heads;
   QueryBlocking result{};
-  for (int64_t most = kQueryBlock; most >= kMinQueryBlock; most /= 2) {
+  for (int64_t most = kQueryBlock; most >= kMaxGemmRows; most /= 2) {
     result.rows = std::min(shape.query_length, most);
     result.heads = std::clamp<int64_t>(most / result.rows, 1, group);
     result.row_blocks = blocks(shape.query_length, result.rows);
     result.head_blocks = blocks(group, result.heads);
     const int64_t tasks = shape.batch * shape.key_heads * result.row_blocks * result.head_blocks;
-    if (tasks >= 4 * threads) break;
+    if (tasks >= (most > kMinQueryBlock ? 4 : 1) * threads) break;
   }
   return result;
 }

@@ -6,6 +6,7 @@
 #include "attention_tile.h"
 
 #include <cmath>
+#include <vector>
 
 namespace driftar::cpu {
 
@@ -113,10 +114,10 @@ void forward_block(const AttentionForward<scalar_t>& call, const QueryBlock<scal
   std::fill(out, out + rows * out_stride, acc_t(0));
 
   const bool few = rows <= kDotRows;
+  const bool several_strips = rows > kGemmRows<acc_t>;
   const bool wants_entropy = call.entropy != EntropyKind::none;
   const bool counts = wants_entropy && call.visibility.mask != nullptr;
-  int64_t support[kQueryBlock] = {};
-  SoftmaxStatistics<acc_t> counted[kQueryBlock];
+  std::vector<int64_t> support(counts ? rows : 0);
 
   const Rows<acc_t> queries = block.load(call.query, call.width, query_buffer);
   const auto absorb_keys = [&](int64_t first, int64_t last, bool keep) {
@@ -127,10 +128,10 @@ void forward_block(const AttentionForward<scalar_t>& call, const QueryBlock<scal
       const Rows<acc_t> values = load_rows(call.value, block.b, block.key_head(), column,
                                            tile.columns, call.value_width, value_buffer);
       // The values, and later the next keys, are asked for in portions, so that they travel while
-      // there is something to compute.
+      // there is something to compute: with a single strip that is too little.
       for (int64_t c = 0; c < tile.columns; c += kGemmColumns<acc_t>) {
         const int64_t count = std::min(kGemmColumns<acc_t>, tile.columns - c);
-        prefetch(values.from(c), count, value_width);
+        if (several_strips) prefetch(values.from(c), count, value_width);
         if (few) {
           dot_products(rows, count, width, call.scale, queries, keys.from(c),
                        (keep ? kept.scores : scores) + c, key_block);
@@ -139,7 +140,7 @@ void forward_block(const AttentionForward<scalar_t>& call, const QueryBlock<scal
         }
       }
       const int64_t coming =
-          keys.data == key_buffer ? 0 : std::min(last - column - tile.columns, key_block);
+          !several_strips || keys.data == key_buffer ? 0 : std::min(last - column - tile.columns, key_block);
       const int64_t portion = (coming + rows - 1) / rows;
       const bool guarded =
           is_partial(block, tile) && !all_finite(values, tile.columns, value_width);
@@ -173,12 +174,13 @@ void forward_block(const AttentionForward<scalar_t>& call, const QueryBlock<scal
   const int64_t end = visible_end(call, block.b, block.row + block.rows - 1);
   const int64_t from = wants_entropy ? std::min(call.entropy_from, end) : 0;
   absorb_keys(from, end, kept.scores != nullptr);
-  for (int64_t r = 0; r < rows; ++r) counted[r] = statistics.row(r);
+  std::vector<SoftmaxStatistics<acc_t>> counted(from > 0 ? rows : 0);
+  for (size_t r = 0; r < counted.size(); ++r) counted[r] = statistics.row(r);
   absorb_keys(0, from, false);
 
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t i = block.index(r);
-    const SoftmaxStatistics<acc_t> all = from > 0 ? statistics.row(r) : counted[r];
+    const SoftmaxStatistics<acc_t> all = statistics.row(r);
     const acc_t inverse = all.empty() ? acc_t(0) : acc_t(1) / all.total;
     scalar_t* target = call.out + i * call.value_width;
     for (int64_t c = 0; c < call.value_width; ++c) {
@@ -187,9 +189,10 @@ void forward_block(const AttentionForward<scalar_t>& call, const QueryBlock<scal
     call.lse[i] = all.lse();
     call.max_score[i] = all.maximum;
     if (!wants_entropy) continue;
-    call.entropy_lse[i] = counted[r].lse();
+    const SoftmaxStatistics<acc_t> in_entropy = from > 0 ? counted[r] : all;
+    call.entropy_lse[i] = in_entropy.lse();
     if (kept.scores != nullptr) {
-      kept.inverses[r] = counted[r].empty() ? acc_t(0) : acc_t(1) / counted[r].total;
+      kept.inverses[r] = in_entropy.empty() ? acc_t(0) : acc_t(1) / in_entropy.total;
     }
     const int64_t size = counts ? support[r] : support_size(call, block.b, block.query_of(r));
     if (call.entropy == EntropyKind::map) {
@@ -198,7 +201,7 @@ void forward_block(const AttentionForward<scalar_t>& call, const QueryBlock<scal
       continue;
     }
     const acc_t norm = entropy_norm<acc_t>(size, call.normalize);
-    const acc_t entropy = counted[r].entropy();
+    const acc_t entropy = in_entropy.entropy();
     call.entropy_norm[i] = norm;
     call.entropy_cross[i] = -entropy;
     call.entropy_out[i] = entropy * norm;
