@@ -190,7 +190,7 @@ def _field(
                 *points, distances, scale, values
             )
         norms = _norms(squares, gen, group)
-        force = torch.einsum("tbns,t->bns", raw, _factors(norms))
+        force = torch.mv(raw.flatten(1).t(), _factors(norms)).view(gen.shape)
     return DriftField(force, scale, norms)
 
 
@@ -249,6 +249,9 @@ def _stack_weights(gen: Tensor, pos: Tensor, neg: Tensor | None, weights: Weight
     """Weights of all points ``[B, M]`` in the order gen, neg, pos."""
     dtype = torch.promote_types(gen.dtype, torch.float32)
     gen_weight, pos_weight, neg_weight = weights
+    if all(w is None for w in weights):
+        count = gen.shape[1] + pos.shape[1] + (0 if neg is None else neg.shape[1])
+        return gen.new_ones(gen.shape[0], count, dtype=dtype)
     pairs = [(gen, gen_weight), (neg, neg_weight), (pos, pos_weight)]
     return torch.cat(
         [
@@ -270,6 +273,8 @@ def _all_reduce(values: Tensor, group: torch.distributed.ProcessGroup | None) ->
 
 def _norms(squares: Tensor, gen: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
     """Mean squared raw force of every temperature over the global batch."""
+    if group is None:
+        return squares / gen.numel()
     count = squares.new_full((1,), gen.numel())
     totals = _all_reduce(torch.cat([squares, count]), group)
     return totals[:-1] / totals[-1]
