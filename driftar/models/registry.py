@@ -10,6 +10,8 @@ from torch import nn
 from .drift_ar import DriftAR
 from .mar import MAR
 from .mar_backbone import MARBackbone
+from .nextstep import NextStep
+from .nextstep_config import NEXTSTEP
 
 
 def _mar_size(
@@ -80,6 +82,7 @@ def _build_drift_ar_mar(backbone: dict[str, Any], **options: Any) -> DriftAR:
 
 _BUILDERS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
     **{name: (MAR, config) for name, config in _MAR.items()},
+    **{name: (NextStep, config) for name, config in NEXTSTEP.items()},
     **{name: (_build_drift_ar_mar, config) for name, config in _DRIFT_AR_MAR.items()},
 }
 
@@ -99,6 +102,8 @@ def model_class(name: str) -> type[nn.Module]:
         return MAR
     if name in _DRIFT_AR_MAR:
         return DriftAR
+    if name in NEXTSTEP:
+        return NextStep
     raise _unknown(name)
 
 
