@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from .generation import (
 )
 from .head import AdaLNHead
 from .kv_cache import StaticKVCache
-from .layers import patchify, unpatchify
+from .layers import patchify
 from .nextstep_config import NextStepConfig, config_from_checkpoint
 from .rotary import RotaryEmbedding, position_table
 
@@ -33,21 +33,6 @@ TABLE_SIDE = 32  # of the fixed position table, whatever the size of the image
 TOKEN_NORM_EPS = 1e-6
 LAST_STEP_SIZE = 0.04
 CONSTANTS = ("gen_pos_embed", "rotary_emb.inv_freq")  # computed here, stored by some checkpoints
-
-
-class ImageTokens(NamedTuple):
-    """Result of :meth:`NextStep.generate_tokens`.
-
-    Attributes:
-        tokens: ``[B, n, C]``.
-        entropy: normalised attention entropy ``[B, n]`` of the row that predicted each token (of
-            the conditional branch), or None.
-        stats: cost of the call.
-    """
-
-    tokens: Tensor
-    entropy: Tensor | None
-    stats: GenerationStats
 
 
 class NextStep(nn.Module):
@@ -135,9 +120,17 @@ class NextStep(nn.Module):
         """Latents ``[B, c, h, w]`` to tokens ``[B, L, c p p]``."""
         return patchify(latents, self.settings.latent_patch_size)
 
-    def unpatchify(self, tokens: Tensor) -> Tensor:
-        """Tokens ``[B, g g, c p p]`` of a square grid to latents ``[B, c, g p, g p]``."""
-        return unpatchify(tokens, self.settings.latent_patch_size)
+    def unpatchify(self, tokens: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
+        """Tokens ``[B, gh gw, c p p]`` to latents ``[B, c, gh p, gw p]``; a square grid if None."""
+        rows, columns = grid_size or (math.isqrt(tokens.shape[1]),) * 2
+        if tokens.shape[1:] != (rows * columns, self.token_channels):
+            raise ValueError(
+                f"tokens must be [B, {rows} * {columns}, {self.token_channels}], "
+                f"got shape {list(tokens.shape)}"
+            )
+        p = self.settings.latent_patch_size
+        grid = tokens.reshape(len(tokens), rows, columns, -1, p, p).permute(0, 3, 1, 4, 2, 5)
+        return grid.reshape(len(tokens), -1, rows * p, columns * p)
 
     def embed(self, input_ids: Tensor, latents: Tensor | None = None) -> Tensor:
         """Input embeddings ``[B, L, H]``.
@@ -295,14 +288,18 @@ class NextStep(nn.Module):
         )
         return sampled.to(c.dtype)
 
+    def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
+        """Latents ``[B, c, h, w]``; arguments as :meth:`generate_with_stats`."""
+        return self.generate_with_stats(input_ids, **options).latents
+
     @torch.no_grad()
-    def generate_tokens(
+    def generate_with_stats(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        num_tokens: int,
         latents: Tensor | None = None,
+        grid_size: tuple[int, int] | None = None,
         cfg: float = 1.0,
         cfg_img: float = 1.0,
         cfg_schedule: str = "constant",
@@ -314,15 +311,15 @@ class NextStep(nn.Module):
         noise: Noise | None = None,
         generator: torch.Generator | None = None,
         progress: Callable[[], None] | None = None,
-    ) -> ImageTokens:
-        """Image tokens in raster order after a prompt: one prefill, then cached single steps.
+    ) -> Generation:
+        """Sample images after prompts: one prefill, then a cached step per token, row by row.
 
         Args:
             input_ids: int ``[branches * B, P]``, left-padded prompts that end with the id ``boi``,
                 the guidance branches along the batch as in :meth:`sample_token`.
             attention_mask: ``[branches * B, P]``, 0 = padding.
-            num_tokens: tokens n of an image.
             latents: images that the prompts' placeholders stand for, see :meth:`embed`.
+            grid_size: rows and columns of tokens; the square of ``latent_size`` if None.
             cfg, cfg_img: guidance weights of at least 1; cfg_img needs cfg > 1.
             cfg_schedule: "constant", or "linear": from the full weights at the first token towards
                 1 at the last.
@@ -335,11 +332,14 @@ class NextStep(nn.Module):
             generator: source of randomness; torch's default one if None.
             progress: called after every token.
 
+        Returns:
+            :class:`Generation`; its entropy ``[B, n]`` is that of the row that predicted each
+            token, in the conditional branch.
+
         Raises:
             TypeError, ValueError: an argument of a wrong type, shape or range; prompt and image
                 longer than the context.
         """
-        check_count("num_tokens", num_tokens)
         self._check_sampling(cfg, cfg_img, num_steps, shift, num_images_per_caption)
         if cfg < 1 or cfg_img < 1 or (cfg_img > 1 and cfg == 1):
             raise ValueError(
@@ -348,11 +348,8 @@ class NextStep(nn.Module):
             )
         if cfg_schedule not in CFG_SCHEDULES:
             raise ValueError(f"cfg_schedule must be one of {CFG_SCHEDULES}, got {cfg_schedule!r}")
-        if self.settings.use_gen_pos_embed and num_tokens > self.gen_pos_embed.shape[1]:
-            raise ValueError(
-                f"num_tokens must be at most {self.gen_pos_embed.shape[1]}, the positions of the "
-                f"table that use_gen_pos_embed adds; got {num_tokens}"
-            )
+        grid_size = self._check_grid(grid_size)
+        num_tokens = grid_size[0] * grid_size[1]
         embeds = self.embed(input_ids, latents)
         total, prompt = input_ids.shape
         branches = flow.guidance_branches(cfg, cfg_img)
@@ -395,29 +392,8 @@ class NextStep(nn.Module):
             if progress is not None:
                 progress()
         stats.total_seconds = stats.ar_seconds + stats.decoder_seconds
-        entropy_map = torch.stack(entropies, 1) if entropies else None
-        return ImageTokens(torch.stack(tokens, 1), entropy_map, stats)
-
-    def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
-        """Latents ``[B, c, h, w]``; arguments as :meth:`generate_with_stats`."""
-        return self.generate_with_stats(input_ids, **options).latents
-
-    def generate_with_stats(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        grid_size: int | None = None,
-        **options: Any,
-    ) -> Generation:
-        """Square images of ``grid_size`` tokens a side (by default those of ``latent_size``).
-
-        Other arguments, and what is raised: :meth:`generate_tokens`, less ``num_tokens``.
-        """
-        side = math.isqrt(self.seq_len) if grid_size is None else grid_size
-        num_tokens = check_count("grid_size", side) ** 2
-        result = self.generate_tokens(input_ids, attention_mask, num_tokens=num_tokens, **options)
-        return Generation(self.unpatchify(result.tokens), result.entropy, result.stats)
+        images = self.unpatchify(torch.stack(tokens, 1), grid_size)
+        return Generation(images, torch.stack(entropies, 1) if entropies else None, stats)
 
     def loss(
         self,
@@ -524,6 +500,17 @@ class NextStep(nn.Module):
                 f"prompt and image of {length} positions exceed the context of {limit}: shorten "
                 "the prompt"
             )
+
+    def _check_grid(self, grid_size: tuple[int, int] | None) -> tuple[int, int]:
+        side = math.isqrt(self.seq_len)
+        rows, columns = (side, side) if grid_size is None else grid_size
+        count = check_count("grid_size", rows) * check_count("grid_size", columns)
+        if self.settings.use_gen_pos_embed and count > self.gen_pos_embed.shape[1]:
+            raise ValueError(
+                f"grid_size must give at most {self.gen_pos_embed.shape[1]} tokens, the positions "
+                f"of the table that use_gen_pos_embed adds; got {rows}x{columns}"
+            )
+        return rows, columns
 
     @staticmethod
     def _check_sampling(

@@ -162,10 +162,10 @@ def test_whole_decoding_replays_the_published_run(
 ) -> None:
     cfg, cfg_img, steps = runs[f"{run}_cfg_cfgimg_steps"].tolist()
     replay = iter(runs[f"{run}_noise"].flatten(0, 1))
-    result = published.generate_tokens(
+    result = published.generate_with_stats(
         runs[f"{run}_input_ids"],
         runs[f"{run}_attention_mask"],
-        num_tokens=6,
+        grid_size=(2, 3),
         cfg=cfg,
         cfg_img=cfg_img,
         num_steps=int(steps),
@@ -173,7 +173,7 @@ def test_whole_decoding_replays_the_published_run(
         entropy_layer=-2,
         **options,
     )
-    golden.assert_near(result.tokens, runs[f"{run}_tokens"], 1e-4)
+    golden.assert_near(published.patchify(result.latents), runs[f"{run}_tokens"], 1e-4)
     assert next(replay, None) is None
     assert result.stats.decoder_nfe == 6 * steps
     assert result.entropy is not None and result.entropy.shape == (2, 6)
@@ -293,7 +293,7 @@ def test_a_seed_fixes_the_images_and_captions_share_their_noise(tiny: NextStep) 
     pairs = images(0, num_images_per_caption=2)
     torch.testing.assert_close(pairs[:2], pairs[2:])
     assert not torch.allclose(pairs[0], pairs[1])
-    assert images(0, grid_size=2).shape == (4, 1, 4, 4)
+    assert images(0, grid_size=(1, 3)).shape == (4, 1, 2, 6)
 
 
 def test_guidance_towards_the_same_prompt_changes_nothing(tiny: NextStep) -> None:
@@ -302,7 +302,7 @@ def test_guidance_towards_the_same_prompt_changes_nothing(tiny: NextStep) -> Non
     def images(branches: int, **options: Any) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         return tiny.generate(
-            ids.repeat(branches, 1), num_steps=3, grid_size=2, generator=generator, **options
+            ids.repeat(branches, 1), num_steps=3, grid_size=(2, 2), generator=generator, **options
         )
 
     expected = images(1)
@@ -312,7 +312,7 @@ def test_guidance_towards_the_same_prompt_changes_nothing(tiny: NextStep) -> Non
 
 def test_progress_is_told_of_every_token(tiny: NextStep) -> None:
     calls: list[None] = []
-    tiny.generate(prompts(1), num_steps=2, grid_size=3, progress=lambda: calls.append(None))
+    tiny.generate(prompts(1), num_steps=2, grid_size=(3, 3), progress=lambda: calls.append(None))
     assert len(calls) == 9
 
 
@@ -368,7 +368,7 @@ def test_bfloat16_stays_near_fp32(published: NextStep, numbers: dict[str, Tensor
     assert hidden.dtype == torch.bfloat16
     golden.assert_near(hidden.float(), numbers["hidden_nomask"], 0.03)
     ids = torch.tensor([[1, 2, 90]])
-    latents = model.generate(ids, num_steps=3, grid_size=2)
+    latents = model.generate(ids, num_steps=3, grid_size=(2, 2))
     assert latents.dtype == torch.bfloat16 and bool(latents.isfinite().all())
 
 
@@ -397,9 +397,9 @@ def test_cached_steps_compile_without_a_break(tiny: NextStep) -> None:
 def test_runs_on_a_gpu(tiny: NextStep) -> None:
     ids = prompts(1)
     generator = torch.Generator().manual_seed(0)
-    expected = tiny.generate(ids, num_steps=3, grid_size=2, generator=generator)
+    expected = tiny.generate(ids, num_steps=3, grid_size=(2, 2), generator=generator)
     generator.manual_seed(0)
-    found = tiny.cuda().generate(ids.cuda(), num_steps=3, grid_size=2, generator=generator)
+    found = tiny.cuda().generate(ids.cuda(), num_steps=3, grid_size=(2, 2), generator=generator)
     golden.assert_near(found.cpu(), expected, 1e-3)
 
 
@@ -416,8 +416,8 @@ def test_runs_on_a_gpu(tiny: NextStep) -> None:
         ({"cfg_schedule": "cosine"}, "cfg_schedule"),
         ({"num_images_per_caption": 2}, "noise_repeat"),
         ({"num_images_per_caption": 0}, "noise_repeat"),
-        ({"grid_size": 0}, "grid_size"),
-        ({"grid_size": 16}, "context of 256"),
+        ({"grid_size": (0, 4)}, "grid_size"),
+        ({"grid_size": (16, 16)}, "context of 256"),
         ({"attention_mask": torch.ones(1, 3)}, "attention_mask"),
         ({"entropy_layer": 3}, "layers"),
         ({"noise": lambda shape: torch.zeros(2)}, "noise"),
@@ -448,6 +448,13 @@ def test_bad_ids_and_states_are_named(tiny: NextStep) -> None:
         tiny.sample_token(torch.zeros(3, 64), cfg=2.0)
     with pytest.raises(ValueError, match="last_step_size"):
         tiny.sample_token(torch.zeros(2, 64), last_step_size=1.0)
+
+
+def test_grids_beyond_the_position_table_are_named(published: NextStep) -> None:
+    with pytest.raises(ValueError, match="at most 1024 tokens"):
+        published.generate(torch.tensor([[90]]), grid_size=(33, 32))
+    with pytest.raises(ValueError, match="tokens must be"):
+        published.unpatchify(torch.zeros(1, 5, 16), (2, 3))
 
 
 def test_bad_training_input_is_named(tiny: NextStep, training_batch: tuple[Tensor, ...]) -> None:
