@@ -22,7 +22,8 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """t ``[N]`` in the units of training (0..999 for diffusion) to ``[N, W]``."""
-        return self.mlp(sinusoid(t, TIME_FEATURES).to(next(self.parameters()).dtype))
+        first: Any = self.mlp[0]
+        return self.mlp(sinusoid(t, TIME_FEATURES).to(first.weight.dtype))
 
 
 class ResidualBlock(nn.Module):
