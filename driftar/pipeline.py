@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,29 +18,16 @@ from driftar.images import (
     decode_latents,
     latent_scaling,
 )
-from driftar.models.diffusion import DiffusionSchedule
-from driftar.models.generation import (
-    Generation,
-    GenerationStats,
-    Stopwatch,
-    check_count,
-    check_finite,
-    check_labels,
-)
+from driftar.model_call import Labels, Prompts, call_of
+from driftar.models.generation import GenerationStats, Stopwatch, check_count, check_finite
 from driftar.models.nextstep import NextStep
 from driftar.pretrained import PipelineParts, locate, read_parts, upload, write_parts
-from driftar.prompts import Tokenizer, encode_prompts
-from driftar.seeding import ImageNoise, Source, image_sources, reveal_orders
+from driftar.prompts import Tokenizer
+from driftar.seeding import Source, image_sources
 
 __all__ = ["Pipeline", "PipelineOutput", "PipelineStats"]
 
 DECODERS = ("diffusion", "drift")
-# Arguments of the models' generate that the pipeline gives itself.
-_OWN_ARGUMENTS = {
-    *("class_labels", "input_ids", "attention_mask", "latents", "cfg", "cfg_img", "num_steps"),
-    *("num_sampling_steps", "num_images_per_caption", "noise", "orders", "generator", "progress"),
-    "speculative",
-}
 
 
 @dataclass
@@ -105,8 +89,7 @@ class Pipeline:
         latent_scale: float | None = None,
         latent_shift: float | None = None,
     ) -> None:
-        generate = getattr(model, "generate_with_stats", None)
-        if generate is None:
+        if not hasattr(model, "generate_with_stats"):
             raise TypeError(f"model must have generate_with_stats, {type(model).__name__} has not")
         self.model: Any = model.eval()
         self.vae = None if vae is None else vae.eval()
@@ -114,7 +97,6 @@ class Pipeline:
         scale, shift = latent_scaling(model, vae)
         self.latent_scale = scale if latent_scale is None else latent_scale
         self.latent_shift = shift if latent_shift is None else latent_shift
-        self._parameters: Mapping[str, inspect.Parameter] = inspect.signature(generate).parameters
 
     @property
     def device(self) -> torch.device:
@@ -190,9 +172,9 @@ class Pipeline:
 
     def __call__(
         self,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: Labels | None = None,
         *,
-        prompt: str | Sequence[str] | None = None,
+        prompt: Prompts | None = None,
         negative_prompt: str = "",
         num_images: int = 1,
         guidance_scale: float = 1.0,
@@ -234,38 +216,37 @@ class Pipeline:
             TypeError, ValueError: an argument of a wrong type or range, that the model does not
                 have, or that its family cannot do; or images that are not finite.
         """
-        self._check_arguments(decoder, speculative, output_type, options)
-        conditions = self._conditions(class_labels, prompt, num_images)
+        self._check_request(decoder, speculative, output_type)
+        call = call_of(self.model, self.tokenizer, negative_prompt)
+        call.check_options(options)
+        asked = call.conditions(class_labels, prompt)
+        if not asked:
+            raise ValueError("at least one label or prompt must be given, got none")
+        check_count("num_images", num_images)
+        conditions = [condition for condition in asked for _ in range(num_images)]
         count = len(conditions)
-        options |= self._step_options(num_inference_steps)
+        options |= call.step_options(num_inference_steps)
         options["cfg"] = check_finite("guidance_scale", guidance_scale)
-        if speculative:
-            options["speculative"] = True
         seed, source = image_sources(seed, generator, count)
         size = count if batch_size is None else check_count("batch_size", batch_size)
         stats = PipelineStats(seed)
         results: list[Tensor] = []
         entropies: list[Tensor] = []
-        lengths: list[Tensor] = []
         starts = range(0, count, size)
-        total = len(starts) * self._ticks(options)
-        with torch.no_grad(), tqdm(total=total, desc=self.model.name, disable=not progress) as bar:
+        ticks = len(starts) * call.ticks(options)
+        with torch.no_grad(), tqdm(total=ticks, desc=self.model.name, disable=not progress) as bar:
             for start in starts:
                 chunk = conditions[start : start + size]
-                drawn = self._drawn(source, start, len(chunk), options)
+                drawn = call.random_options(source, start, len(chunk), options)
                 watch = Stopwatch(self.device)
-                made = self._generate(chunk, negative_prompt, options | drawn, bar.update)
+                made = call.run(chunk, options | drawn, bar.update)
                 generated = watch.lap()
                 results.append(self._decode(made.latents, output_type))
                 decoded = watch.lap()
                 if made.entropy is not None:
                     entropies.append(made.entropy)
-                accepted = getattr(made.stats, "accepted_lengths", None)
-                if accepted is not None:
-                    lengths.append(accepted)
                 stats.add(made.stats, 0.0 if self.vae is None else decoded, generated + decoded)
         stats.entropy = torch.cat(entropies) if entropies else None
-        stats.accepted_lengths = torch.cat(lengths) if lengths else None
         images = torch.cat(results)
         if output_type != "latent":
             images = convert_images(images, output_type)
@@ -276,22 +257,14 @@ class Pipeline:
             self.model, self.vae, self.tokenizer, self.latent_scale, self.latent_shift
         )
 
-    def _check_arguments(
-        self, decoder: str | None, speculative: bool, output_type: str, options: dict[str, Any]
-    ) -> None:
-        known = sorted(set(self._parameters) - _OWN_ARGUMENTS)
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            raise TypeError(
-                f"unknown argument {', '.join(unknown)}; besides the pipeline's own, "
-                f"{self.model.name} takes: {', '.join(known) or 'none'}"
-            )
+    def _check_request(self, decoder: str | None, speculative: bool, output_type: str) -> None:
+        name = self.model.name
         if decoder is not None and decoder not in DECODERS:
             raise ValueError(f"decoder must be one of {', '.join(DECODERS)}; got {decoder!r}")
         if decoder is not None and decoder != self.decoder:
-            raise ValueError(f'{self.model.name} has no decoder="{decoder}", only "{self.decoder}"')
-        if speculative and "speculative" not in self._parameters:
-            raise ValueError(f"{self.model.name} cannot decode speculatively")
+            raise ValueError(f'{name} has no decoder="{decoder}", only "{self.decoder}"')
+        if speculative:
+            raise ValueError(f"{name} cannot decode speculatively")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(
                 f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}"
@@ -300,111 +273,7 @@ class Pipeline:
         if output_type != "latent" and self.vae is None:
             check_pixels(self.model)
 
-    def _conditions(
-        self,
-        class_labels: int | Sequence[int] | Tensor | None,
-        prompt: str | Sequence[str] | None,
-        num_images: int,
-    ) -> list[Any]:
-        """A label or a prompt for each image."""
-        check_count("num_images", num_images)
-        name = self.model.name
-        if self.takes_prompts:
-            if prompt is None or class_labels is not None:
-                raise ValueError(f"{name} takes prompt, not class_labels")
-            if self.tokenizer is None:
-                raise ValueError(f"{name} needs a tokeniser: Pipeline(..., tokenizer=...)")
-            asked: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
-            for text in asked:
-                if not isinstance(text, str):
-                    raise TypeError(f"prompt must be text or texts, got {type(text).__name__}")
-        else:
-            if class_labels is None or prompt is not None:
-                raise ValueError(f"{name} takes class_labels, not prompt")
-            try:
-                labels = torch.as_tensor(class_labels)
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise TypeError(f"class_labels must be ints, got {class_labels!r}") from error
-            labels = labels[None] if labels.dim() == 0 else labels
-            empty = labels.numel() == 0
-            asked = [] if empty else check_labels(labels, self.model.num_classes).tolist()
-        if not asked:
-            raise ValueError("at least one label or prompt must be given, got none")
-        return [condition for condition in asked for _ in range(num_images)]
-
-    def _step_options(self, steps: int | None) -> dict[str, Any]:
-        if steps is None:
-            return {}
-        check_count("num_inference_steps", steps)
-        if "num_steps" in self._parameters:
-            return {"num_steps": steps}
-        if "num_sampling_steps" in self._parameters:
-            return {"num_sampling_steps": str(steps)}
-        raise ValueError(
-            f"{self.model.name} decodes in one evaluation: num_inference_steps does not apply"
-        )
-
-    def _drawn(
-        self,
-        source: Source,
-        start: int,
-        count: int,
-        options: Mapping[str, Any],
-    ) -> dict[str, Any]:
-        """Arguments that carry the randomness of images ``start`` to ``start + count``."""
-        if isinstance(source, torch.Generator):
-            return {"generator": source}
-        generators = source[start : start + count]
-        drawn: dict[str, Any] = {}
-        if "orders" in self._parameters:
-            drawn["orders"] = reveal_orders(generators, self.model.seq_len)
-        steps = self._parameters.get("num_sampling_steps")
-        if steps is None or options["cfg"] == 1:
-            return drawn | {"noise": ImageNoise(generators)}
-        # MAR's sampler draws a start per pair of branches, then a doubled tensor per step.
-        kept = len(DiffusionSchedule.build(options.get("num_sampling_steps", steps.default)))
-        return drawn | {"noise": ImageNoise(generators, lambda index: index % (kept + 1) > 0)}
-
-    def _generate(
-        self,
-        conditions: list[Any],
-        negative_prompt: str,
-        options: dict[str, Any],
-        update: Callable[[], Any],
-    ) -> Generation:
-        """One batch; ``update`` is called once per tick of the progress bar."""
-        if not self.takes_prompts:
-            made: Generation = self.model.generate_with_stats(torch.tensor(conditions), **options)
-            update()
-            return made
-        if self.tokenizer is None:
-            raise RuntimeError("prompts were accepted without a tokeniser")
-        ids, mask = encode_prompts(
-            self.tokenizer,
-            conditions,
-            boi=self.model.settings.boi,
-            grid_size=self._grid(options),
-            negative_prompt=negative_prompt if options["cfg"] != 1 else None,
-        )
-        made = self.model.generate_with_stats(
-            ids.to(self.device),
-            mask.to(self.device),
-            num_images_per_caption=len(conditions),
-            progress=update,
-            **options,
-        )
-        return made
-
     def _decode(self, latents: Tensor, output_type: str) -> Tensor:
         if output_type == "latent":
             return latents
         return decode_latents(latents, self.vae, self.latent_scale, self.latent_shift)
-
-    def _grid(self, options: Mapping[str, Any]) -> tuple[int, int]:
-        grid: tuple[int, int] | None = options.get("grid_size")
-        side = math.isqrt(self.model.seq_len)
-        return (side, side) if grid is None else grid
-
-    def _ticks(self, options: Mapping[str, Any]) -> int:
-        """Progress of a batch: its tokens where they are told one by one."""
-        return math.prod(self._grid(options)) if self.takes_prompts else 1
