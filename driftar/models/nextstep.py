@@ -247,7 +247,7 @@ class NextStep(NextStepBackbone):
             t: ``[R, M]`` in (0, 1), published as the sigmoid of a standard normal: every patch is
                 used R times.
             noise: ``[R, M, C]``, standard normal.
-            attention_mask: ``[B, L]``, 0 = padding, which is not predicted.
+            attention_mask: ``[B, L]``, 0 = padding, which neither predicts nor is predicted.
 
         Raises:
             TypeError, ValueError: an argument of a wrong type, shape or range.
@@ -268,7 +268,10 @@ class NextStep(NextStepBackbone):
         image = self._placeholders(following)
         if int(image.sum()) != count:
             raise ValueError("input_ids must not begin with an image placeholder")
-        text = ~image if attention_mask is None else ~image & attention_mask[:, 1:].bool()
+        text = ~image
+        if attention_mask is not None:
+            real = attention_mask.bool()
+            text = text & real[:, 1:] & real[:, :-1]
         conditions = self.image_out_projector(states[image]).repeat(t.shape[0], 1)
         image_loss = flow.flow_matching_loss(
             lambda x, time: self.velocity(x, time, conditions),
@@ -276,7 +279,9 @@ class NextStep(NextStepBackbone):
             t.flatten(),
             noise.to(states.dtype).flatten(0, 1),
         )
-        text_loss = F.cross_entropy(self.lm_head(states[text]).float(), following[text])
+        logits = self.lm_head(states[text]).float()
+        text_loss = F.cross_entropy(logits, following[text], reduction="sum")
+        text_loss = text_loss / max(len(logits), 1)
         weights = self.settings
         return weights.im_loss_weight * image_loss + weights.lm_loss_weight * text_loss
 

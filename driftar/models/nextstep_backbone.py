@@ -103,9 +103,9 @@ class NextStepBackbone(nn.Module):
                 f"tokens must be [B, {rows} * {columns}, {self.token_channels}], "
                 f"got shape {list(tokens.shape)}"
             )
-        p = self.settings.latent_patch_size
-        grid = tokens.reshape(len(tokens), rows, columns, -1, p, p).permute(0, 3, 1, 4, 2, 5)
-        return grid.reshape(len(tokens), -1, rows * p, columns * p)
+        p, channels = self.settings.latent_patch_size, self.settings.latent_channels
+        grid = tokens.unflatten(1, (rows, columns)).unflatten(3, (channels, p, p))
+        return grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
     def embed(self, input_ids: Tensor, latents: Tensor | None = None) -> Tensor:
         """Input embeddings ``[B, L, H]``.

@@ -359,6 +359,23 @@ def test_loss_is_the_weighted_sum_of_its_parts(
     torch.testing.assert_close(tiny.loss(*training_batch), image + 0.01 * text)
 
 
+def test_loss_leaves_out_padding_and_bears_a_lack_of_text(
+    tiny: NextStep, training_batch: tuple[Tensor, ...]
+) -> None:
+    ids, latents, t, noise = training_batch
+    padding, mask = torch.full((4, 3), 256), torch.ones(4, 27)
+    mask[:, :3] = 0
+    padded = tiny.loss(torch.cat([padding, ids], 1), latents, t, noise, attention_mask=mask)
+    torch.testing.assert_close(padded, tiny.loss(*training_batch))
+    bare = torch.cat([torch.full((4, 1), 258), torch.full((4, 16), 260)], dim=1)
+    assert bool(tiny.loss(bare, latents, t, noise).isfinite())
+
+
+def test_empty_batch_gives_no_images(tiny: NextStep) -> None:
+    ids = torch.zeros(0, 3, dtype=torch.long)
+    assert tiny.generate(ids, num_steps=2, grid_size=(2, 2)).shape == (0, 1, 4, 4)
+
+
 @torch.no_grad()
 def test_bfloat16_stays_near_fp32(published: NextStep, numbers: dict[str, Tensor]) -> None:
     model = NextStep(**published.config).eval()
