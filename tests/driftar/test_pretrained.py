@@ -215,9 +215,14 @@ def test_a_pipeline_goes_to_the_hub_and_back(saved: Path, hub: FakeHub) -> None:
     assert torch.equal(images(again), images(pipeline))
 
 
-def test_a_directory_never_reaches_for_the_hub(saved: Path, hub: FakeHub) -> None:
+def test_a_directory_never_reaches_for_the_hub(
+    saved: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(saved.parent)
     Pipeline.from_pretrained(saved)
-    for source in (saved.parent / "nothing", "nothing", "./no/thing", "a/b/c", f"{saved}/x"):
+    Pipeline.from_pretrained("pipeline")
+    # The last is a name below a directory that exists: a mistyped path.
+    for source in (saved.parent / "nothing", "nothing", "./no/thing", "a/b/c", "pipeline/x"):
         with pytest.raises(ValueError, match="neither a directory nor the id"):
             Pipeline.from_pretrained(source)
     assert hub.calls == []

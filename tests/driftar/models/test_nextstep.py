@@ -37,8 +37,9 @@ def runs() -> dict[str, Tensor]:
 def tiny() -> NextStep:
     """A small model all of whose parts matter: fresh ones have zero outputs."""
     model: NextStep = driftar.build_model("nextstep_1_tiny").eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+    for name, parameter in model.named_parameters():
+        is_norm = name.endswith(("norm.weight", "_ln.weight"))
+        torch.nn.init.normal_(parameter, mean=float(is_norm), std=0.15)
     return model
 
 
@@ -266,6 +267,16 @@ def test_entropies_come_from_the_same_pass(tiny: NextStep) -> None:
     expected = -torch.special.xlogy(average, average).sum(-1) / torch.arange(1, 8).log()
     expected[:, 0] = 0
     torch.testing.assert_close(entropies[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_generation_reports_the_entropy_of_the_conditional_branch(tiny: NextStep) -> None:
+    ids = prompts(4)
+    result = tiny.generate_with_stats(ids, cfg=2.0, num_steps=2, grid_size=(2, 2), entropy_layer=-2)
+    _, entropies = tiny.hidden_with_entropy(tiny.embed(ids[:2]), layers=(-2,))
+    assert result.entropy is not None and result.entropy.shape == (2, 4)
+    torch.testing.assert_close(result.entropy[:, 0], entropies[-2][:, -1])
+    assert tiny.generate_with_stats(ids, num_steps=2, grid_size=(1, 1)).entropy is None
 
 
 @torch.no_grad()
