@@ -138,39 +138,45 @@ def write_parts(directory: Path, parts: PipelineParts) -> None:
 
 
 def _fill(directory: Path, parts: PipelineParts) -> None:
-    description = describe_module(parts.model)
-    if description["name"] is None or description["config"] is None:
-        raise TypeError("model must have a name (str) and a config (dict) to be rebuilt from")
-    tensors = parts.model.state_dict()
-    dtypes = {str(tensor.dtype) for tensor in tensors.values() if tensor.is_floating_point()}
-    if len(dtypes) != 1:
-        raise TypeError(f"model must have one floating dtype to be stored, has {sorted(dtypes)}")
-    write_tensors(directory / _WEIGHTS, tensors)
-    folders = {}
-    for name, part in (("vae", parts.vae), ("tokenizer", parts.tokenizer)):
-        if part is not None and not isinstance(part, ByteTokenizer):
-            folders[name] = _fill_folder(directory / name, name, part)
-    config = {
-        "name": description["name"],
-        "config": description["config"],
-        "dtype": dtypes.pop().removeprefix("torch."),
+    config: dict[str, Any] = {
+        **_write_model(directory, "model", parts.model),
         "latent_scale": parts.latent_scale,
         "latent_shift": parts.latent_shift,
         "byte_tokenizer": isinstance(parts.tokenizer, ByteTokenizer),
-        "folders": folders,
+        "folders": {},
     }
+    for name, part in (("vae", parts.vae), ("tokenizer", parts.tokenizer)):
+        if part is not None and not isinstance(part, ByteTokenizer):
+            config["folders"][name] = _fill_folder(directory / name, name, part)
     write_json(directory / _CONFIG, config)
     write_manifest(directory, _KIND, [_CONFIG, _WEIGHTS], {})
 
 
-def _fill_folder(folder: Path, name: str, part: Any) -> dict[str, str]:
-    """Store a part by its own means; its class and the hash of its manifest."""
-    if not hasattr(part, "save_pretrained"):
-        raise TypeError(f"{name} of class {type(part).__name__} cannot be stored")
-    part.save_pretrained(folder)
+def _write_model(directory: Path, role: str, model: nn.Module) -> dict[str, Any]:
+    """Store the weights of a model that `driftar.build_model` knows; how to build it again."""
+    description = describe_module(model)
+    if description["name"] is None or description["config"] is None:
+        raise TypeError(f"{role} must have a name (str) and a config (dict) to be rebuilt from")
+    tensors = model.state_dict()
+    dtypes = {str(tensor.dtype) for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(dtypes) != 1:
+        raise TypeError(f"{role} must have one floating dtype to be stored, has {sorted(dtypes)}")
+    write_tensors(directory / _WEIGHTS, tensors)
+    dtype = dtypes.pop().removeprefix("torch.")
+    return {"name": description["name"], "config": description["config"], "dtype": dtype}
+
+
+def _fill_folder(folder: Path, name: str, part: Any) -> dict[str, Any]:
+    """Store a part by its own means or as a model of ours; how to read it, and its manifest."""
+    if hasattr(part, "save_pretrained"):
+        part.save_pretrained(folder)
+        entry = {"class": type(part).__name__}
+    else:
+        folder.mkdir()
+        entry = _write_model(folder, f"{name} of class {type(part).__name__}", part)
     files = [path.name for path in folder.iterdir() if path.is_file()]
     write_manifest(folder, name, files, {})
-    return {"class": type(part).__name__, "manifest": sha256_file(folder / MANIFEST_NAME)}
+    return {**entry, "manifest": sha256_file(folder / MANIFEST_NAME)}
 
 
 def read_parts(directory: Path) -> PipelineParts:
@@ -198,7 +204,7 @@ def read_parts(directory: Path) -> PipelineParts:
         for name, entry in folders.items():
             _check_folder(directory / name, name, entry["manifest"])
         if "vae" in folders:
-            parts.vae = _read_vae(directory / "vae", folders["vae"]["class"])
+            parts.vae = _read_vae(directory / "vae", folders["vae"])
         if "tokenizer" in folders:
             parts.tokenizer = load_tokenizer(directory / "tokenizer")
         elif config["byte_tokenizer"]:
@@ -229,8 +235,11 @@ def _check_folder(folder: Path, name: str, digest: str) -> None:
         raise CheckpointError(folder, "belongs to another save of the pipeline")
 
 
-def _read_vae(folder: Path, class_name: str) -> nn.Module:
+def _read_vae(folder: Path, entry: dict[str, Any]) -> nn.Module:
+    if "name" in entry:
+        return _read_model(folder, entry)
     diffusers = require("diffusers", "vae", "the VAE of this pipeline")
+    class_name = str(entry["class"])
     if not class_name.startswith("Autoencoder") or not hasattr(diffusers, class_name):
         raise ValueError(f"unknown VAE class {class_name!r}")
     vae: nn.Module = getattr(diffusers, class_name).from_pretrained(folder, local_files_only=True)

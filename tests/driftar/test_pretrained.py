@@ -64,6 +64,48 @@ def test_a_model_that_training_left_is_taken(tmp_path: Path) -> None:
     )
 
 
+class Upsampling(nn.Module):
+    """Stands for an autoencoder of ours: a name, a config, weights."""
+
+    name = "upsampling"
+
+    def __init__(self, factor: int = 2) -> None:
+        super().__init__()
+        self.config = {"factor": factor}
+        self.gain = nn.Parameter(torch.tensor(0.5))
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        factor = self.config["factor"]
+        return self.gain * latents.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+
+
+def test_an_autoencoder_of_ours_is_stored_with_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = driftar.build_model
+    monkeypatch.setattr(
+        driftar,
+        "build_model",
+        lambda name, **config: (
+            Upsampling(**config) if name == "upsampling" else build(name, **config)
+        ),
+        raising=False,
+    )
+    vae = Upsampling(3)
+    nn.init.constant_(vae.gain, 0.25)
+    Pipeline(build("drift_ar_mar_tiny"), vae=vae).save_pretrained(tmp_path)
+    loaded = Pipeline.from_pretrained(tmp_path)
+    assert isinstance(loaded.vae, Upsampling) and loaded.vae.config == {"factor": 3}
+    assert float(loaded.vae.gain.detach()) == 0.25
+    # Another save's autoencoder in its place is noticed.
+    other = tmp_path / "other"
+    Pipeline(build("drift_ar_mar_tiny"), vae=Upsampling(3)).save_pretrained(other)
+    shutil.rmtree(tmp_path / "vae")
+    shutil.move(other / "vae", tmp_path / "vae")
+    with pytest.raises(CheckpointError, match="another save"):
+        Pipeline.from_pretrained(tmp_path)
+
+
 def cut(path: Path, size: int) -> None:
     os.truncate(path, size)
 
@@ -160,7 +202,7 @@ def test_parts_that_cannot_be_stored_are_named(saved: Path) -> None:
     class Opaque(nn.Module):
         pass
 
-    with pytest.raises(TypeError, match="vae of class Opaque"):
+    with pytest.raises(TypeError, match="vae of class Opaque must have a name"):
         Pipeline(driftar.build_model("mar_tiny"), vae=Opaque()).save_pretrained(saved)
     mixed = driftar.build_model("mar_tiny")
     mixed.z_proj.to(torch.bfloat16)
