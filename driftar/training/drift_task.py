@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from driftar.models.drift_ar import DriftAR
 from driftar.models.mar import MAR
-from driftar.models.registry import backbone_config, build_model, model_class
+from driftar.models.registry import build_model, model_class
+from driftar.models.sizes import backbone_config
 
 from . import losses, schedule
 from .banks import ClassBank
