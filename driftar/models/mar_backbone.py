@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .generation import check_labels
+from .generation import class_condition
 from .layers import LAYER_NORM_EPS, TransformerBlock, initialise_linears, patchify, unpatchify
+from .stack import block_causal_mask, run_blocks
 
 
 class MARBackbone(nn.Module):
@@ -146,9 +148,7 @@ class MARBackbone(nn.Module):
         Raises:
             TypeError, ValueError: labels of a wrong dtype, shape or range.
         """
-        labels = check_labels(class_labels, self.num_classes).to(self.fake_latent.device)
-        embedded = self.class_emb(labels.clamp(min=0))
-        return torch.where((labels < 0)[:, None], self.fake_latent, embedded)
+        return class_condition(class_labels, self.class_emb, self.fake_latent)
 
     def encode(self, tokens: Tensor, mask: Tensor, condition: Tensor) -> Tensor:
         """Encoder outputs ``[B, buffer + unmasked, D]``.
@@ -189,18 +189,35 @@ class MARBackbone(nn.Module):
 
     def features(self, tokens: Tensor, mask: Tensor, condition: Tensor) -> Tensor:
         """Condition z ``[B, L, D]`` of every position; arguments as :meth:`encode`."""
-        x = self.decoder_input(self.encode(tokens, mask, condition), mask)
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.decoder_output(x)
+        return self.features_with_entropies(tokens, mask, condition, ())[0]
+
+    def features_with_entropies(
+        self, tokens: Tensor, mask: Tensor, condition: Tensor, entropy_layers: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As :meth:`features`, and entropy maps ``[B, L]`` of decoder blocks, in the same pass.
+
+        Args:
+            entropy_layers: indices of the blocks; negative ones count from the end.
+        """
+        x, entropies = run_blocks(
+            self.decoder_blocks,
+            self.decoder_input(self.encode(tokens, mask, condition), mask),
+            entropy_layers=entropy_layers,
+            entropy_from=self.buffer_size,
+        )
+        return self.decoder_output(x), entropies
 
     @property
     def penultimate_block(self) -> TransformerBlock:
         """The block before the last: where Drift-AR takes its entropy and its feature map."""
+        block: Any = self.decoder_blocks[self._penultimate]
+        return block
+
+    @property
+    def _penultimate(self) -> int:
         if len(self.decoder_blocks) < 2:
             raise ValueError("decoder_depth must be at least 2 for a penultimate block, got 1")
-        block: Any = self.decoder_blocks[-2]
-        return block
+        return len(self.decoder_blocks) - 2
 
     @property
     def draft_source(self) -> tuple[list[TransformerBlock], nn.LayerNorm]:
@@ -224,25 +241,16 @@ class MARBackbone(nn.Module):
         batch = condition.shape[0]
         mask = torch.ones(batch, self.seq_len, dtype=torch.bool, device=condition.device)
         blank = condition.new_zeros(batch, self.seq_len, self.token_channels)
-        x = self.decoder_input(self.encode(blank, mask, condition), mask)
-        penultimate = self.penultimate_block
-        entropy = condition.new_zeros(batch, self.seq_len)
-        for block in self.decoder_blocks:
-            if block is penultimate:
-                x, rows = block.with_entropy(
-                    x, self._causal_mask(x.device), entropy_from=self.buffer_size
-                )
-                entropy = rows[:, self.buffer_size :].clamp(0, 1)
-            else:
-                x = block(x)
+        causal = block_causal_mask(self.buffer_size, self.seq_len, 1, condition.device)
+        layer = self._penultimate
+        x, (entropy,) = run_blocks(
+            self.decoder_blocks,
+            self.decoder_input(self.encode(blank, mask, condition), mask),
+            layer_masks={layer: causal},
+            entropy_layers=(layer,),
+            entropy_from=self.buffer_size,
+        )
         return self.decoder_output(x), entropy
-
-    def _causal_mask(self, device: torch.device) -> Tensor:
-        """Bool ``[buffer + L, buffer + L]``, True = visible: causal; the buffer sees itself."""
-        total = self.buffer_size + self.seq_len
-        visible = torch.ones(total, total, dtype=torch.bool, device=device).tril()
-        visible[: self.buffer_size, : self.buffer_size] = True
-        return visible
 
     def _check_mask(self, tokens: Tensor, mask: Tensor, condition: Tensor) -> Tensor:
         batch = tokens.shape[0]

@@ -12,6 +12,8 @@ from . import sizes
 from .drift_ar import DriftAR
 from .mar import MAR
 from .mar_backbone import MARBackbone
+from .transdiff import TransDiff
+from .transdiff_mrar import TransDiffMRAR
 
 State = dict[str, Tensor]
 
@@ -78,6 +80,8 @@ _OFFICIAL = OfficialFormat(renamed={"proj_dropout": "dropout"}, ignored=_TRAININ
 
 FAMILIES: dict[str, Family] = {
     "mar": Family(MAR, sizes.MAR, _OFFICIAL),
+    "transdiff": Family(TransDiff, sizes.TRANSDIFF, _OFFICIAL),
+    "transdiff_mrar": Family(TransDiffMRAR, sizes.TRANSDIFF_MRAR, _OFFICIAL),
     "drift_ar_mar": Family(DriftAR, sizes.DRIFT_AR_MAR, build=_build_drift_ar_mar),
 }
 

@@ -48,6 +48,20 @@ MAR: dict[str, dict[str, Any]] = {
 }
 
 
+TRANSDIFF: dict[str, dict[str, Any]] = {
+    "transdiff_tiny": {**_TINY_IMAGES, **_transformer(64, 2, 4), "seq_len": 16},
+    "transdiff_base": _transformer(*_BASE),
+    "transdiff_large": _transformer(*_LARGE),
+    "transdiff_huge": _transformer(*_HUGE),
+}
+TRANSDIFF_MRAR: dict[str, dict[str, Any]] = {
+    "transdiff_mrar_tiny": {**_TINY_IMAGES, **_transformer(64, 2, 4), "patch_size": 2},
+    "transdiff_mrar_base": _transformer(*_BASE),
+    "transdiff_mrar_large": _transformer(*_LARGE),
+    "transdiff_mrar_huge": _transformer(*_HUGE),
+}
+
+
 def backbone_config(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a MAR's configuration that describes its backbone."""
     return {key: value for key, value in config.items() if key not in _HEAD_OPTIONS}

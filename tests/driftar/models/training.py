@@ -1,0 +1,58 @@
+"""What the tests of the model families share: replayed noise, random weights, a few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class replay:
+    """A noise source that returns recorded draws in turn and refuses a wrong shape."""
+
+    def __init__(self, *draws: Tensor) -> None:
+        self._draws = list(draws)
+
+    def __call__(self, shape: tuple[int, ...]) -> Tensor:
+        draw = self._draws.pop(0)
+        assert tuple(draw.shape) == shape
+        return draw
+
+    @property
+    def exhausted(self) -> bool:
+        return not self._draws
+
+
+@torch.no_grad()
+def randomise(model: Model) -> Model:
+    """Noise on every weight: zero-initialised outputs hide what is before them."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def assert_learns(
+    model: nn.Module, loss: Callable[[], Tensor], *, unused: Set[str] = frozenset(), steps: int = 30
+) -> None:
+    """A fixed batch's loss falls by a tenth, and gradients reach every parameter but the unused."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=2e-3)
+    first = loss().item()
+    touched: set[str] = set()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        touched |= {
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None and bool(parameter.grad.any())
+        }
+    assert loss().item() < 0.9 * first
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert names - touched == unused
