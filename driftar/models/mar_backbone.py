@@ -164,7 +164,8 @@ class MARBackbone(nn.Module):
         known = ~self._check_mask(tokens, mask, condition)
         batch = tokens.shape[0]
         buffer = condition[:, None].expand(-1, self.buffer_size, -1)
-        x = torch.cat([buffer, self.z_proj(tokens)], dim=1) + self.encoder_pos_embed_learned
+        x = self.z_proj(tokens.to(self.z_proj.weight.dtype))
+        x = torch.cat([buffer, x], dim=1) + self.encoder_pos_embed_learned
         x = self.z_proj_ln(x)
         count = int(known.sum()) // max(batch, 1)
         content = x[:, self.buffer_size :][known].reshape(batch, count, self.width)
