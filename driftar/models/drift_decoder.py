@@ -25,6 +25,8 @@ class EntropyAdaLN(nn.Module):
 
     def forward(self, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """entropy ``[B, L]`` to image modulation ``[B, 6, D]``, scale and shift ``[B, L, D]``."""
+        first: Any = self.global_mlp[0]
+        entropy = entropy.to(first.weight.dtype)
         image = self.global_mlp(entropy.mean(1, keepdim=True)).unflatten(1, (MODULATIONS, -1))
         scale, shift = self.spatial_mlp(entropy[..., None]).chunk(2, dim=-1)
         return image, scale, shift

@@ -55,7 +55,7 @@ def load_official(
     options |= official.config(config or {})
     expected = _shapes(name, options)
     weights = read_weights(path_or_state_dict)
-    state = official.state(weights, options)
+    state = official.state(weights)
     problems = _problems(state, expected)
     if problems:
         lines = [f"does not fit {name}{_resemblance(weights, name)}:", *problems]
@@ -100,7 +100,7 @@ def _resemblance(weights: dict[str, Tensor], name: str) -> str:
         if family.official is None:
             continue
         for size, options in family.sizes.items():
-            state = family.official.state(weights, options)
+            state = family.official.state(weights)
             if size != name and not _problems(state, _shapes(size, options)):
                 return f" but looks like {size}"
     return ""

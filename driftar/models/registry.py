@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from . import sizes
 from .drift_ar import DriftAR
+from .drift_ar_mar import DriftARMAR
 from .mar import MAR
 from .mar_backbone import MARBackbone
 from .transdiff import TransDiff
@@ -18,7 +20,7 @@ from .transdiff_mrar import TransDiffMRAR
 State = dict[str, Tensor]
 
 
-def _same_state(state: State, config: Mapping[str, Any]) -> State:
+def _same_state(state: State) -> State:
     return state
 
 
@@ -29,12 +31,12 @@ class OfficialFormat:
     Attributes:
         renamed: constructor arguments that we call otherwise, official name to ours.
         ignored: constructor arguments that describe training or sampling, not the model.
-        state: from the official state dict and our constructor arguments to our state dict.
+        state: from the official state dict to ours.
     """
 
     renamed: Mapping[str, str] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
-    state: Callable[[State, Mapping[str, Any]], State] = _same_state
+    state: Callable[[State], State] = _same_state
 
     def config(self, official: Mapping[str, Any]) -> dict[str, Any]:
         """Our constructor arguments for official ones."""
@@ -62,8 +64,22 @@ class Family:
     build: Callable[..., nn.Module] | None = None
 
 
-def _build_drift_ar_mar(backbone: dict[str, Any], **options: Any) -> DriftAR:
-    return DriftAR(MARBackbone(**backbone), **options)
+def _build_drift_ar_mar(backbone: dict[str, Any], **options: Any) -> DriftARMAR:
+    return DriftARMAR(MARBackbone(**backbone), **options)
+
+
+def _with_feature_map(state: State) -> State:
+    """Drift-AR's checkpoints may leave out phi, which is a copy of the block before the last."""
+    if any(key.startswith("feature_encoder.") for key in state):
+        return state
+    blocks = {int(key.split(".")[1]) for key in state if re.match(r"encoder_blocks\.\d+\.", key)}
+    source = f"encoder_blocks.{max(blocks, default=0) - 1}."
+    copies = {
+        f"feature_encoder.block.{key.removeprefix(source)}": value
+        for key, value in state.items()
+        if key.startswith(source)
+    }
+    return {**state, **copies}
 
 
 _TRAINING_ARGUMENTS = frozenset(
@@ -82,7 +98,8 @@ FAMILIES: dict[str, Family] = {
     "mar": Family(MAR, sizes.MAR, _OFFICIAL),
     "transdiff": Family(TransDiff, sizes.TRANSDIFF, _OFFICIAL),
     "transdiff_mrar": Family(TransDiffMRAR, sizes.TRANSDIFF_MRAR, _OFFICIAL),
-    "drift_ar_mar": Family(DriftAR, sizes.DRIFT_AR_MAR, build=_build_drift_ar_mar),
+    "drift_ar": Family(DriftAR, sizes.DRIFT_AR, replace(_OFFICIAL, state=_with_feature_map)),
+    "drift_ar_mar": Family(DriftARMAR, sizes.DRIFT_AR_MAR, build=_build_drift_ar_mar),
 }
 
 

@@ -62,6 +62,19 @@ TRANSDIFF_MRAR: dict[str, dict[str, Any]] = {
 }
 
 
+DRIFT_AR: dict[str, dict[str, Any]] = {
+    "drift_ar_tiny": {
+        **_TINY_IMAGES,
+        **_transformer(64, 2, 4),
+        "patch_size": 2,
+        "draft_depth": 2,
+    },
+    "drift_ar_base": _transformer(*_BASE),
+    "drift_ar_large": _transformer(*_LARGE),
+    "drift_ar_huge": _transformer(*_HUGE),
+}
+
+
 def backbone_config(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a MAR's configuration that describes its backbone."""
     return {key: value for key, value in config.items() if key not in _HEAD_OPTIONS}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import rectified_flow
-from .condition_encoder import ConditionEncoder, latent_side
+from .condition_encoder import ConditionEncoder, constructor_arguments, latent_side
 from .diffusion import Noise
 from .generation import (
     Generation,
@@ -28,7 +28,7 @@ from .velocity_net import VelocityNet
 class FlowModel(ConditionEncoder):
     """What TransDiff and its multi-reference variant share: the encoder and the velocity network.
 
-    ``config`` holds the constructor's arguments; the encoder has 2 ``encoder_depth`` blocks.
+    ``config`` holds the constructor's arguments.
     """
 
     token_channels: int
@@ -55,6 +55,7 @@ class FlowModel(ConditionEncoder):
         dropout: float = 0.1,
         latent_scale: float = 0.2325,
     ) -> None:
+        config = constructor_arguments(locals(), without=("seq_len", "mask_tokens"))
         image_tokens = latent_side(img_size, vae_stride, 1) ** 2
         super().__init__(
             seq_len=seq_len,
@@ -68,23 +69,7 @@ class FlowModel(ConditionEncoder):
             buffer_size=buffer_size,
             dropout=dropout,
         )
-        self.config: dict[str, Any] = {
-            "img_size": img_size,
-            "vae_stride": vae_stride,
-            "patch_size": patch_size,
-            "vae_embed_dim": vae_embed_dim,
-            "encoder_embed_dim": encoder_embed_dim,
-            "encoder_depth": encoder_depth,
-            "encoder_num_heads": encoder_num_heads,
-            "decoder_embed_dim": decoder_embed_dim,
-            "decoder_depth": decoder_depth,
-            "decoder_num_heads": decoder_num_heads,
-            "mlp_ratio": mlp_ratio,
-            "class_num": class_num,
-            "buffer_size": buffer_size,
-            "dropout": dropout,
-            "latent_scale": latent_scale,
-        }
+        self.config = config
         self.token_channels, self.image_tokens = vae_embed_dim, image_tokens
         self.diffdecoder = nn.ModuleDict(
             {
