@@ -170,9 +170,7 @@ class MARBackbone(nn.Module):
         count = int(known.sum()) // max(batch, 1)
         content = x[:, self.buffer_size :][known].reshape(batch, count, self.width)
         x = torch.cat([x[:, : self.buffer_size], content], dim=1)
-        for block in self.encoder_blocks:
-            x = block(x)
-        return self.encoder_norm(x)
+        return self.encoder_norm(run_blocks(self.encoder_blocks, x)[0])
 
     def decoder_input(self, encoded: Tensor, mask: Tensor) -> Tensor:
         """Encoder outputs in place among mask tokens, with positions: ``[B, buffer + L, D]``."""
@@ -239,15 +237,22 @@ class MARBackbone(nn.Module):
             z ``[B, L, D]`` and the normalised entropy of the head-averaged map ``[B, L]`` (Eq. 4),
             in [0, 1].
         """
-        batch = condition.shape[0]
-        mask = torch.ones(batch, self.seq_len, dtype=torch.bool, device=condition.device)
-        blank = condition.new_zeros(batch, self.seq_len, self.token_channels)
-        causal = block_causal_mask(self.buffer_size, self.seq_len, 1, condition.device)
+        if condition.dim() != 2 or condition.shape[1] != self.width:
+            raise ValueError(
+                f"condition must be [B, {self.width}], got shape {list(condition.shape)}"
+            )
+        # The encoder sees the buffer only: nothing here depends on the content of a mask.
+        buffer = condition[:, None].expand(-1, self.buffer_size, -1)
+        x = self.z_proj_ln(buffer + self.encoder_pos_embed_learned[:, : self.buffer_size])
+        x = self.decoder_embed(self.encoder_norm(run_blocks(self.encoder_blocks, x)[0]))
+        masked = self.mask_token.to(x.dtype).expand(x.shape[0], self.seq_len, -1)
         layer = self._penultimate
         x, (entropy,) = run_blocks(
             self.decoder_blocks,
-            self.decoder_input(self.encode(blank, mask, condition), mask),
-            layer_masks={layer: causal},
+            torch.cat([x, masked], dim=1) + self.decoder_pos_embed_learned,
+            layer_masks={
+                layer: block_causal_mask(self.buffer_size, self.seq_len, 1, condition.device)
+            },
             entropy_layers=(layer,),
             entropy_from=self.buffer_size,
         )

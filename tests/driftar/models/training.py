@@ -28,11 +28,11 @@ class replay:
 
 
 @torch.no_grad()
-def randomise(model: Model) -> Model:
+def randomise(model: Model, scale: float = 0.2) -> Model:
     """Noise on every weight: zero-initialised outputs hide what is before them."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
-        parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+        parameter += scale * torch.randn(parameter.shape, generator=generator)
     return model
 
 
