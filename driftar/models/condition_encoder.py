@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from .generation import class_condition
 from .layers import LAYER_NORM_EPS, TransformerBlock, initialise_linears
-
-
-def constructor_arguments(scope: dict[str, Any], *, without: Sequence[str] = ()) -> dict[str, Any]:
-    """A constructor's keyword arguments: its ``locals()`` before anything was assigned."""
-    dropped = {"self", "__class__", *without}
-    return {key: value for key, value in scope.items() if key not in dropped}
 
 
 def latent_side(img_size: int, vae_stride: int, patch_size: int) -> int:

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .condition_encoder import ConditionEncoder, constructor_arguments, latent_side
+from .arguments import constructor_arguments
+from .condition_encoder import ConditionEncoder, latent_side
 from .drift_stage import DriftStage
 from .layers import LAYER_NORM_EPS, TransformerBlock, patchify, unpatchify
 from .stack import block_causal_mask, run_blocks

@@ -16,6 +16,7 @@ from .mar import MAR
 from .mar_backbone import MARBackbone
 from .transdiff import TransDiff
 from .transdiff_mrar import TransDiffMRAR
+from .vae import AutoencoderKL
 
 State = dict[str, Tensor]
 
@@ -94,12 +95,21 @@ _TRAINING_ARGUMENTS = frozenset(
 )
 _OFFICIAL = OfficialFormat(renamed={"proj_dropout": "dropout"}, ignored=_TRAINING_ARGUMENTS)
 
+
+def _without_loss(state: State) -> State:
+    """Autoencoders are trained together with the networks of their loss."""
+    return {key: value for key, value in state.items() if not key.startswith("loss.")}
+
+
 FAMILIES: dict[str, Family] = {
     "mar": Family(MAR, sizes.MAR, _OFFICIAL),
     "transdiff": Family(TransDiff, sizes.TRANSDIFF, _OFFICIAL),
     "transdiff_mrar": Family(TransDiffMRAR, sizes.TRANSDIFF_MRAR, _OFFICIAL),
     "drift_ar": Family(DriftAR, sizes.DRIFT_AR, replace(_OFFICIAL, state=_with_feature_map)),
     "drift_ar_mar": Family(DriftARMAR, sizes.DRIFT_AR_MAR, build=_build_drift_ar_mar),
+    "autoencoder_kl": Family(
+        AutoencoderKL, sizes.AUTOENCODER_KL, OfficialFormat(state=_without_loss)
+    ),
 }
 
 

@@ -90,3 +90,14 @@ DRIFT_AR_MAR: dict[str, dict[str, Any]] = {
         "dropout": 0.0,
     },
 }
+
+AUTOENCODER_KL: dict[str, dict[str, Any]] = {
+    "kl16": {"embed_dim": 16},
+    "kl16_tiny": {
+        "embed_dim": 4,
+        "ch": 8,
+        "ch_mult": [1, 1, 2],
+        "groups": 4,
+        "encoder_attention": [2],
+    },
+}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from . import rectified_flow
-from .condition_encoder import ConditionEncoder, constructor_arguments, latent_side
+from .arguments import constructor_arguments
+from .condition_encoder import ConditionEncoder, latent_side
 from .diffusion import Noise
 from .generation import (
     Generation,
