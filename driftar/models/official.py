@@ -48,7 +48,7 @@ def load_official(
     source: object = path_or_state_dict
     if isinstance(path_or_state_dict, Mapping):
         source = "state_dict"
-    elif config is None and not options:
+    elif config is None and name in FAMILIES:
         config = _config_beside(Path(path_or_state_dict))
     if config is None and not options:
         raise ValueError(f"config must be given with the bare family {name!r}")
