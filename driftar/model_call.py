@@ -5,18 +5,22 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from driftar.decoding.speculative import speculative_generate
 from driftar.models.diffusion import DiffusionSchedule
-from driftar.models.generation import Generation, check_count, check_labels
+from driftar.models.drift_stage import DriftStage
+from driftar.models.generation import Generation, GenerationStats, check_count, check_labels
 from driftar.models.nextstep import NextStep
 from driftar.prompts import Tokenizer, encode_prompts
 from driftar.seeding import ImageNoise, Source, reveal_orders
 
-__all__ = ["LabelCall", "ModelCall", "PromptCall", "call_of"]
+__all__ = ["LabelCall", "ModelCall", "PromptCall", "SpeculativeCall", "SpeculativeStats", "call_of"]
 
 Labels = int | Sequence[int] | Tensor
 Prompts = str | Sequence[str]
@@ -29,11 +33,12 @@ _OWN_ARGUMENTS = {
 
 
 class ModelCall:
-    """Calls of one model's ``generate_with_stats``, whose own arguments decide what is possible."""
+    """Calls of one model's ``generate``, whose own arguments decide what is possible."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, generate: Callable[..., Any] | None = None) -> None:
         self.model = model
-        self._parameters = inspect.signature(model.generate_with_stats).parameters
+        self._generate = model.generate_with_stats if generate is None else generate
+        self._parameters = inspect.signature(self._generate).parameters
 
     def conditions(self, class_labels: Labels | None, prompt: Prompts | None) -> list[Any]:
         """What is asked for, one entry for each; TypeError or ValueError for a wrong kind."""
@@ -112,9 +117,31 @@ class LabelCall(ModelCall):
     def run(
         self, conditions: list[Any], options: Mapping[str, Any], update: Callable[[], Any]
     ) -> Generation:
-        made: Generation = self.model.generate_with_stats(torch.tensor(conditions), **options)
+        made: Generation = self._generate(torch.tensor(conditions), **options)
         update()
         return made
+
+
+@dataclass
+class SpeculativeStats(GenerationStats):
+    """Cost of a speculative call and, per image, the length of the accepted prefix ``[B]``."""
+
+    accepted_lengths: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+
+class SpeculativeCall(LabelCall):
+    """Drift-AR with drafted features where the target agrees, as published."""
+
+    def __init__(self, model: DriftStage) -> None:
+        super().__init__(model, partial(speculative_generate, model))
+
+    def run(
+        self, conditions: list[Any], options: Mapping[str, Any], update: Callable[[], Any]
+    ) -> Generation:
+        made = self._generate(torch.tensor(conditions), **options)
+        update()
+        stats = SpeculativeStats(decoder_nfe=1, accepted_lengths=made.accepted_lengths)
+        return Generation(made.latents, made.draft_entropy, stats)
 
 
 class PromptCall(ModelCall):
@@ -154,7 +181,7 @@ class PromptCall(ModelCall):
         )
         device = self.model.embed_tokens.weight.device
         # As many images as rows "per caption": every image gets noise of its own.
-        made: Generation = self.model.generate_with_stats(
+        made: Generation = self._generate(
             ids.to(device),
             mask.to(device),
             num_images_per_caption=len(conditions),
@@ -169,8 +196,14 @@ class PromptCall(ModelCall):
         return (side, side) if grid is None else grid
 
 
-def call_of(model: Any, tokenizer: Tokenizer | None, negative_prompt: str) -> ModelCall:
-    """How to call a model; ValueError for a prompt model without a tokeniser."""
+def call_of(
+    model: Any, tokenizer: Tokenizer | None, negative_prompt: str, speculative: bool
+) -> ModelCall:
+    """How to call a model; ValueError for a prompt model without a tokeniser, or no draft."""
+    if speculative:
+        if not isinstance(model, DriftStage):
+            raise ValueError(f"{model.name} has no draft to decode speculatively with")
+        return SpeculativeCall(model)
     if not isinstance(model, NextStep):
         return LabelCall(model)
     if tokenizer is None:

@@ -18,7 +18,7 @@ from driftar.images import (
     decode_latents,
     latent_scaling,
 )
-from driftar.model_call import Labels, Prompts, call_of
+from driftar.model_call import Labels, Prompts, SpeculativeStats, call_of
 from driftar.models.generation import GenerationStats, Stopwatch, check_count, check_finite
 from driftar.models.nextstep import NextStep
 from driftar.pretrained import PipelineParts, locate, read_parts, upload, write_parts
@@ -38,7 +38,8 @@ class PipelineStats:
         seed: image i was made with seed ``seed + i``; None if the caller gave generators.
         decoder_nfe: evaluations of the decoder network in sequence, for one batch of images.
         accepted_lengths: draft tokens accepted per image ``[N]``, or None without speculation.
-        entropy: normalised attention entropy ``[N, L]``, or None for models without one.
+        entropy: normalised attention entropy ``[N, L]`` (the draft's with speculation), or None for
+            models without one.
         ar_seconds, decoder_seconds, vae_seconds, total_seconds: wall times of all batches.
     """
 
@@ -216,8 +217,8 @@ class Pipeline:
             TypeError, ValueError: an argument of a wrong type or range, that the model does not
                 have, or that its family cannot do; or images that are not finite.
         """
-        self._check_request(decoder, speculative, output_type)
-        call = call_of(self.model, self.tokenizer, negative_prompt)
+        self._check_request(decoder, output_type)
+        call = call_of(self.model, self.tokenizer, negative_prompt, speculative)
         call.check_options(options)
         asked = call.conditions(class_labels, prompt)
         if not asked:
@@ -232,6 +233,7 @@ class Pipeline:
         stats = PipelineStats(seed)
         results: list[Tensor] = []
         entropies: list[Tensor] = []
+        lengths: list[Tensor] = []
         starts = range(0, count, size)
         ticks = len(starts) * call.ticks(options)
         with torch.no_grad(), tqdm(total=ticks, desc=self.model.name, disable=not progress) as bar:
@@ -245,8 +247,11 @@ class Pipeline:
                 decoded = watch.lap()
                 if made.entropy is not None:
                     entropies.append(made.entropy)
+                if isinstance(made.stats, SpeculativeStats):
+                    lengths += [made.stats.accepted_lengths]
                 stats.add(made.stats, 0.0 if self.vae is None else decoded, generated + decoded)
         stats.entropy = torch.cat(entropies) if entropies else None
+        stats.accepted_lengths = torch.cat(lengths) if lengths else None
         images = torch.cat(results)
         if output_type != "latent":
             images = convert_images(images, output_type)
@@ -257,14 +262,12 @@ class Pipeline:
             self.model, self.vae, self.tokenizer, self.latent_scale, self.latent_shift
         )
 
-    def _check_request(self, decoder: str | None, speculative: bool, output_type: str) -> None:
+    def _check_request(self, decoder: str | None, output_type: str) -> None:
         name = self.model.name
         if decoder is not None and decoder not in DECODERS:
             raise ValueError(f"decoder must be one of {', '.join(DECODERS)}; got {decoder!r}")
         if decoder is not None and decoder != self.decoder:
             raise ValueError(f'{name} has no decoder="{decoder}", only "{self.decoder}"')
-        if speculative:
-            raise ValueError(f"{name} cannot decode speculatively")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(
                 f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}"

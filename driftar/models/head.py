@@ -87,7 +87,7 @@ class AdaLNHead(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
         """x ``[N, C]``, t ``[N]``, z ``[N, D]`` to ``[N, out_channels]``."""
-        h = self.input_proj(x)
+        h = self.input_proj(x.to(self.input_proj.weight.dtype))
         y = self.time_embed(t) + self.cond_embed(z)
         for block in self.res_blocks:
             h = block(h, y)

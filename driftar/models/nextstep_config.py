@@ -148,4 +148,3 @@ NEXTSTEP_TINY: dict[str, Any] = {
     "fm_head_dim": 96,
     "fm_head_layers": 3,
 }
-NEXTSTEP: dict[str, dict[str, Any]] = {"nextstep_1": {}, "nextstep_1_tiny": NEXTSTEP_TINY}

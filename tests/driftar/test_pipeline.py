@@ -18,6 +18,9 @@ DOCS = Path(__file__).resolve().parents[2] / "docs" / "pipeline.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
 QUICK: dict[str, dict[str, Any]] = {
     "mar_tiny": {"num_iter": 3, "num_inference_steps": 3},
+    "transdiff_tiny": {"num_inference_steps": 3},
+    "transdiff_mrar_tiny": {"num_inference_steps": 2},
+    "drift_ar_tiny": {},
     "drift_ar_mar_tiny": {},
     "nextstep_1_tiny": {"num_inference_steps": 2, "grid_size": (2, 2)},
 }
@@ -196,7 +199,6 @@ def test_images_that_are_not_finite_are_refused() -> None:
         ({"batch_size": 0}, ValueError, "batch_size"),
         ({"output_type": "jpeg"}, ValueError, "output_type must be one of pil, np, pt, latent"),
         ({"decoder": "magic"}, ValueError, "decoder must be one of diffusion, drift"),
-        ({"speculative": True}, ValueError, "speculatively"),
         ({"no_such_option": 1}, TypeError, "unknown argument no_such_option"),
         ({"noise": None}, TypeError, "unknown argument noise"),
         ({"generator": torch.Generator()}, ValueError, "seed and generator"),
@@ -238,7 +240,10 @@ def test_labels_may_be_an_int_or_a_tensor() -> None:
 
 
 def test_what_a_family_cannot_do_is_said() -> None:
-    mar, drift, text = (make(name) for name in QUICK)
+    mar, drift, text = make("mar_tiny"), make("drift_ar_mar_tiny"), make("nextstep_1_tiny")
+    for pipeline in (mar, text):
+        with pytest.raises(ValueError, match="no draft to decode speculatively with"):
+            call(pipeline, speculative=True)
     with pytest.raises(ValueError, match='mar_tiny has no decoder="drift", only "diffusion"'):
         call(mar, decoder="drift")
     with pytest.raises(ValueError, match='has no decoder="diffusion", only "drift"'):
@@ -263,9 +268,24 @@ def test_what_a_family_cannot_do_is_said() -> None:
         Pipeline(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("name", ["mar_tiny", "nextstep_1_tiny"])
-def test_bfloat16_models_make_finite_images(name: str) -> None:
-    images = call(make(name).to(torch.bfloat16), output_type="pt").images
+@pytest.mark.parametrize("name", ["drift_ar_tiny", "drift_ar_mar_tiny"])
+def test_speculation_accepts_what_is_near(name: str) -> None:
+    pipeline = make(name)
+    options: dict[str, Any] = {"output_type": "latent", "batch_size": 2}
+    plain = call(pipeline, 3, **options)
+    length = pipeline.model.seq_len
+    nothing = call(pipeline, 3, speculative=True, threshold=0.0, **options)
+    torch.testing.assert_close(nothing.images, plain.images)
+    assert nothing.stats.accepted_lengths.tolist() == [0, 0, 0]
+    all_of_it = call(pipeline, 3, speculative=True, threshold=1e9, **options)
+    assert not torch.allclose(all_of_it.images, plain.images)
+    assert all_of_it.stats.accepted_lengths.tolist() == [length] * 3
+    assert all_of_it.stats.entropy.shape == (3, length)
+    assert plain.stats.accepted_lengths is None
+
+
+def test_bfloat16_models_make_finite_images(pipeline: Pipeline) -> None:
+    images = call(pipeline.to(torch.bfloat16), output_type="pt").images
     assert images.dtype == torch.float32 and bool(images.isfinite().all())
 
 

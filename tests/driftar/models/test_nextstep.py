@@ -217,6 +217,15 @@ def test_published_sizes_have_the_official_parameters(file: str, config: dict[st
     model.load_state_dict(state, strict=True, assign=True)
 
 
+def test_official_checkpoints_load(published: NextStep) -> None:
+    config = golden.metadata("E_nextstep_state_dict", "config")
+    state = golden.tensors("E_nextstep_state_dict")
+    model = driftar.load_official("nextstep_1", state | {"gen_pos_embed": torch.zeros(1)}, config)
+    assert model.name == "nextstep_1" and model.config == published.config
+    for name, value in published.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+
+
 @pytest.mark.parametrize(
     ("stored", "name"),
     [
