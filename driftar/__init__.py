@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from driftar.models.official import load_official as load_official
     from driftar.models.registry import build_model as build_model
+    from driftar.pipeline import Pipeline as Pipeline
     from driftar_kernels import __version__ as __version__
 
-__all__ = ["__version__", "build_model"]
+__all__ = ["Pipeline", "__version__", "build_model", "load_official"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,6 +19,14 @@ def __getattr__(name: str) -> Any:
         from driftar.models.registry import build_model
 
         return build_model
+    if name == "Pipeline":
+        from driftar.pipeline import Pipeline
+
+        return Pipeline
+    if name == "load_official":
+        from driftar.models.official import load_official
+
+        return load_official
     if name == "__version__":
         from driftar_kernels import __version__
 

@@ -1,4 +1,4 @@
-"""The README's Python examples run as they stand."""
+"""The Python examples of the documents run as they stand."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ("README.md", "docs/models.md")
+EXAMPLES = [
+    (document, code)
+    for document in DOCUMENTS
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.S)
+]
 
 
-@pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
-def test_example(code: str) -> None:
-    exec(compile(code, str(README), "exec"), {})
+@pytest.mark.parametrize(("document", "code"), EXAMPLES, ids=range(len(EXAMPLES)))
+def test_example(document: str, code: str) -> None:
+    exec(compile(code, document, "exec"), {})
 
 
 def test_examples_are_found() -> None:
-    assert len(EXAMPLES) >= 3
+    for document in DOCUMENTS:
+        assert sum(name == document for name, _ in EXAMPLES) >= 3

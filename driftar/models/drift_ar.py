@@ -1,249 +1,160 @@
-"""Drift-AR (arXiv 2603.28049): one AR pass, an entropy-shaped prior, one decoder evaluation."""
+"""Drift-AR as published (arXiv 2603.28049), on TransDiff's encoder."""
 
 from __future__ import annotations
 
-import copy
-import math
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-import driftar_kernels
-from driftar.decoding.draft import DraftModel
-
-from .diffusion import Noise
-from .drift_decoder import DriftDecoder
-from .generation import Generation, GenerationStats, Stopwatch, check_finite, noise_source
-from .layers import TransformerBlock
+from .arguments import constructor_arguments
+from .condition_encoder import ConditionEncoder, latent_side
+from .drift_stage import DriftStage
+from .layers import LAYER_NORM_EPS, TransformerBlock, patchify, unpatchify
+from .stack import block_causal_mask, run_blocks
 
 
-class EntropyBackbone(Protocol):
-    """What Drift-AR needs of an autoregressive model (a module): features with their entropy."""
+class DriftAR(ConditionEncoder, DriftStage):
+    """Drift-AR with official parameter names: a class to features with their entropy to an image.
 
-    seq_len: int
-    token_channels: int
-    width: int
-    num_classes: int
-    config: dict[str, Any]
-
-    def condition(self, class_labels: Tensor) -> Tensor: ...
-
-    def entropy_features(self, condition: Tensor) -> tuple[Tensor, Tensor]: ...
-
-    def patchify(self, latents: Tensor) -> Tensor: ...
-
-    def unpatchify(self, tokens: Tensor) -> Tensor: ...
-
-    @property
-    def penultimate_block(self) -> TransformerBlock: ...
-
-    @property
-    def draft_source(self) -> tuple[list[TransformerBlock], nn.LayerNorm]: ...
-
-
-class FeatureEncoder(nn.Module):
-    """phi: a frozen copy of the target's penultimate block, applied without a mask.
-
-    Always in evaluation mode: :meth:`train` is ignored. (In the published training code a global
-    ``train()`` reaches the copy and leaves dropout on in the map that is meant to be fixed.)
-    """
-
-    def __init__(self, block: TransformerBlock) -> None:
-        super().__init__()
-        self.block = copy.deepcopy(block)
-        self.requires_grad_(False)
-        self.eval()
-
-    def train(self, mode: bool = True) -> FeatureEncoder:
-        """Stay in evaluation mode, whatever ``mode`` says."""
-        return super().train(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, L, D]`` to ``[B, L, D]``; gradients reach x, never the weights."""
-        return self.block(x)
-
-
-class DriftAR(nn.Module):
-    """Drift-AR on an autoregressive backbone.
+    Every encoder block but the one before the last has full attention. In that one the buffer sees
+    the buffer only, and a position sees the buffer, itself and the positions before it; its
+    attention to positions gives the entropy.
 
     Args:
-        backbone: module that satisfies :class:`EntropyBackbone`; owned by the model from now on
-            (pass a copy to keep the original untouched).
-        drift_depth, drift_num_heads: blocks and heads of the decoder; its width is the backbone's.
-        draft_depth, draft_num_heads: the draft model.
-        mlp_ratio: of decoder and draft.
-        dropout: of decoder and draft, in training only.
+        img_size: image height and width in pixels.
+        vae_stride: pixels per latent cell (1 models pixels directly).
+        patch_size: latent cells per token along a side.
+        vae_embed_dim: latent channels.
+        encoder_embed_dim, encoder_depth, encoder_num_heads: the encoder, of 2 depth blocks.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: the one-step decoder.
+        draft_depth: blocks of the draft model, which has the encoder's width and heads.
+        mlp_ratio: hidden width of the blocks' MLPs in units of the width.
+        class_num: number of classes.
+        buffer_size: leading positions that carry the condition.
+        dropout: rate in the blocks' projections and MLPs, in training only.
         draft_eps: LayerNorm eps of the draft model.
         sigma_max, tau_sigma: the prior (Eq. 6).
+        latent_scale: what latents were multiplied by before modelling; kept for pipelines.
 
-    ``config`` holds these arguments and the backbone's under "backbone".
+    Raises:
+        ValueError: sizes that do not fit each other.
     """
 
     name: str = "drift_ar"
-    backbone: Any
-    seq_len: int
-    token_channels: int
-    num_classes: int
-    feature_width: int
 
     def __init__(
         self,
-        backbone: nn.Module,
         *,
-        drift_depth: int = 12,
-        drift_num_heads: int = 12,
+        img_size: int = 256,
+        vae_stride: int = 16,
+        patch_size: int = 1,
+        vae_embed_dim: int = 16,
+        encoder_embed_dim: int = 1024,
+        encoder_depth: int = 16,
+        encoder_num_heads: int = 16,
+        decoder_embed_dim: int = 1024,
+        decoder_depth: int = 16,
+        decoder_num_heads: int = 16,
         draft_depth: int = 6,
-        draft_num_heads: int = 12,
         mlp_ratio: float = 4.0,
+        class_num: int = 1000,
+        buffer_size: int = 64,
         dropout: float = 0.1,
-        draft_eps: float = 1e-6,
+        draft_eps: float = LAYER_NORM_EPS,
         sigma_max: float = 0.5,
         tau_sigma: float = 2.0,
+        latent_scale: float = 0.2325,
     ) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.config: dict[str, Any] = {
-            "backbone": dict(self.backbone.config),
-            "drift_depth": drift_depth,
-            "drift_num_heads": drift_num_heads,
-            "draft_depth": draft_depth,
-            "draft_num_heads": draft_num_heads,
-            "mlp_ratio": mlp_ratio,
-            "dropout": dropout,
-            "draft_eps": draft_eps,
-            "sigma_max": sigma_max,
-            "tau_sigma": tau_sigma,
-        }
-        self.sigma_max, self.tau_sigma = sigma_max, tau_sigma
-        width, channels = self.backbone.width, self.backbone.token_channels
-        self.seq_len, self.token_channels = self.backbone.seq_len, channels
-        self.num_classes = self.backbone.num_classes
-        self.feature_width = width
-        self.enc_to_token_proj = nn.Linear(width, channels)
-        self.token_to_enc_proj = nn.Linear(channels, width)
-        self._initialise_projections()
-        self.drift_decoder = DriftDecoder(
-            seq_len=self.seq_len,
-            token_channels=channels,
-            context_width=width,
-            width=width,
-            num_heads=drift_num_heads,
-            depth=drift_depth,
+        config = constructor_arguments(locals())
+        if encoder_depth < 1:
+            raise ValueError(f"encoder_depth must be at least 1, got {encoder_depth}")
+        channels = vae_embed_dim * patch_size**2
+        super().__init__(
+            seq_len=latent_side(img_size, vae_stride, patch_size) ** 2,
+            mask_tokens=1,
+            in_channels=channels,
+            width=encoder_embed_dim,
+            num_blocks=2 * encoder_depth,
+            num_heads=encoder_num_heads,
             mlp_ratio=mlp_ratio,
+            class_num=class_num,
+            buffer_size=buffer_size,
             dropout=dropout,
         )
-        self.draft_model = DraftModel(
-            width,
-            draft_num_heads,
-            draft_depth,
+        self.config = config
+        self.patch_size, self.token_channels = patch_size, channels
+        self._build_stage(
+            width=encoder_embed_dim,
+            drift_width=decoder_embed_dim,
+            drift_depth=decoder_depth,
+            drift_num_heads=decoder_num_heads,
+            draft_depth=draft_depth,
+            draft_num_heads=encoder_num_heads,
             mlp_ratio=mlp_ratio,
             dropout=dropout,
-            eps=draft_eps,
+            draft_eps=draft_eps,
+            sigma_max=sigma_max,
+            tau_sigma=tau_sigma,
         )
-        self.feature_encoder = FeatureEncoder(self.backbone.penultimate_block)
-        self.initialise_copies()
 
-    def initialise_copies(self) -> None:
-        """Make phi and the draft copies of the backbone's blocks: once its weights are loaded."""
-        block = self.backbone.penultimate_block
-        self.feature_encoder.block.load_state_dict(block.state_dict())
-        self.draft_model.copy_from(*self.backbone.draft_source)
+    def features(self, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """One AR pass.
 
-    def _initialise_projections(self) -> None:
-        nn.init.xavier_uniform_(self.enc_to_token_proj.weight)
-        nn.init.zeros_(self.enc_to_token_proj.bias)
-        # An isometry up to its gain, which gives features of the tokens' own magnitude: no
-        # direction of token space is lost on the way into phi.
-        gain = math.sqrt(self.token_to_enc_proj.out_features / self.token_channels)
-        nn.init.orthogonal_(self.token_to_enc_proj.weight, gain=gain)
-        nn.init.zeros_(self.token_to_enc_proj.bias)
+        Args:
+            condition: ``[B, D]``.
 
-    def condition(self, class_labels: Tensor) -> Tensor:
-        """Condition vectors ``[B, D]`` of int labels ``[B]``; -1 is unconditional."""
-        return self.backbone.condition(class_labels)
+        Returns:
+            z ``[B, L, D]`` and the normalised entropy of the head-averaged map ``[B, L]`` (Eq. 4),
+            in [0, 1].
+        """
+        z, (entropy,) = self.features_with_entropies(condition, (-2,))
+        return z, entropy
+
+    def features_with_entropies(
+        self, condition: Tensor, entropy_layers: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """z ``[B, L, D]`` and entropy maps ``[B, L]`` of chosen blocks, in the same pass.
+
+        Args:
+            entropy_layers: indices of the blocks, negative ones from the end; -2 gives Eq. 4, the
+                other blocks' attention is not causal.
+        """
+        x, entropies = run_blocks(
+            self.encoder_blocks,
+            self._blank_input(condition),
+            layer_masks={
+                len(self.encoder_blocks) - 2: block_causal_mask(
+                    self.buffer_size, self.seq_len, 1, condition.device
+                )
+            },
+            entropy_layers=entropy_layers,
+            entropy_from=self.buffer_size,
+        )
+        return self._encoder_output(x) + self.diffusion_pos_embed_learned, entropies
 
     def patchify(self, latents: Tensor) -> Tensor:
-        """Latents ``[B, C, h, w]`` to tokens ``[B, L, C p p]``."""
-        return self.backbone.patchify(latents)
+        """Latents ``[B, C, h, w]`` to tokens ``[B, L, C p p]``; ValueError when they do not fit."""
+        tokens = patchify(latents, self.patch_size)
+        if tokens.shape[1:] != (self.seq_len, self.token_channels):
+            raise ValueError(
+                f"latents must give tokens [B, {self.seq_len}, {self.token_channels}], "
+                f"got {list(tokens.shape)} from {list(latents.shape)}"
+            )
+        return tokens
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """Tokens ``[B, L, C p p]`` to latents ``[B, C, h, w]``."""
-        return self.backbone.unpatchify(tokens)
+        return unpatchify(tokens, self.patch_size)
 
-    def features(self, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """One AR pass: condition ``[B, D]`` to z ``[B, L, D]`` and entropy ``[B, L]`` (Eq. 4)."""
-        return self.backbone.entropy_features(condition)
+    @property
+    def penultimate_block(self) -> TransformerBlock:
+        """The encoder's block before the last."""
+        block: Any = self.encoder_blocks[-2]
+        return block
 
-    def prior(self, z: Tensor, entropy: Tensor, noise: Tensor) -> Tensor:
-        """Prior sample x0 ``[B, L, C]`` = W z + sigma(entropy) noise (Eqs. 6, 7)."""
-        return driftar_kernels.entropy_prior(
-            self.enc_to_token_proj(z),
-            entropy,
-            noise,
-            sigma_max=self.sigma_max,
-            tau=self.tau_sigma,
-        )
-
-    def decode(self, x0: Tensor, z: Tensor, entropy: Tensor | None) -> Tensor:
-        """Tokens ``[B, L, C]`` from a prior sample: the one network evaluation of the decoder."""
-        return self.drift_decoder(x0, z, entropy)
-
-    def draft(self, z: Tensor) -> Tensor:
-        """Draft predictions ``[B, L, D]``; row r predicts z at r + 1."""
-        return self.draft_model(z)
-
-    def phi(self, tokens: Tensor) -> Tensor:
-        """Features ``[B, L, D]`` of tokens ``[B, L, C]`` in which the drift is measured."""
-        return self.feature_encoder(self.token_to_enc_proj(tokens))
-
-    def generate(self, class_labels: Tensor, **options: Any) -> Tensor:
-        """Latents ``[B, C, h, w]``; arguments as :meth:`generate_with_stats`."""
-        return self.generate_with_stats(class_labels, **options).latents
-
-    @torch.no_grad()
-    def generate_with_stats(
-        self,
-        class_labels: Tensor,
-        *,
-        cfg: float = 1.0,
-        noise: Noise | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Generation:
-        """Sample images with one AR pass and one decoder evaluation.
-
-        Args:
-            class_labels: int ``[B]``, -1 = unconditional.
-            cfg: guidance weight w; other than 1, tokens are u + w (c - u) of an unconditional and a
-                conditional branch that share their noise and run side by side.
-            noise: ``noise(shape) -> Tensor``, asked once for ``[B, L, C]``; replaces ``generator``.
-            generator: source of randomness; torch's default one if None.
-
-        Returns:
-            :class:`Generation` with the conditional branch's entropy.
-
-        Raises:
-            TypeError, ValueError: an argument of a wrong type, shape or range.
-        """
-        check_finite("cfg", cfg)
-        condition = self.condition(class_labels)
-        watch, stats = Stopwatch(condition.device), GenerationStats()
-        batch = condition.shape[0]
-        guided = cfg != 1.0
-        if guided:
-            blank = self.condition(torch.full((batch,), -1))
-            condition = torch.cat([condition, blank])
-        z, entropy = self.features(condition)
-        stats.ar_seconds = watch.lap()
-        draw = noise_source(noise, generator, z.device, z.dtype)
-        shared = draw((batch, self.seq_len, self.token_channels))
-        x0 = self.prior(z, entropy, shared.repeat(2, 1, 1) if guided else shared)
-        tokens = self.decode(x0, z, entropy)
-        if guided:
-            conditional, unconditional = tokens.chunk(2)
-            tokens = unconditional + cfg * (conditional - unconditional)
-        latents = self.unpatchify(tokens)
-        stats.decoder_seconds = watch.lap()
-        stats.decoder_nfe = 1
-        stats.total_seconds = stats.ar_seconds + stats.decoder_seconds
-        return Generation(latents, entropy[:batch], stats)
+    @property
+    def draft_source(self) -> tuple[list[TransformerBlock], nn.LayerNorm]:
+        """The encoder's blocks and norm."""
+        blocks: list[Any] = list(self.encoder_blocks)
+        return blocks, self.encoder_norm

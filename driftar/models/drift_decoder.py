@@ -2,43 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from .layers import LAYER_NORM_EPS, Attention, CrossAttention, Mlp, initialise_linears, zero_linears
-
-MODULATIONS = 6  # shift, scale and gate of self-attention, then of the MLP
-
-
-class CrossAttentionBlock(nn.Module):
-    """Modulated self-attention, plain cross-attention to the context, modulated MLP.
-
-    With (shift_a, scale_a, gate_a, shift_m, scale_m, gate_m) = table + modulation::
-
-        x += gate_a * attn1(norm1(x) * (1 + scale_a) + shift_a)
-        x += attn2(norm2(x), context)
-        x += gate_m * mlp(norm3(x) * (1 + scale_m) + shift_m)
-    """
-
-    def __init__(
-        self, width: int, num_heads: int, *, mlp_ratio: float = 4.0, dropout: float = 0.0
-    ) -> None:
-        super().__init__()
-        self.scale_shift_table = nn.Parameter(torch.randn(1, MODULATIONS, width) / width**0.5)
-        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.attn1 = Attention(width, num_heads, dropout)
-        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.attn2 = CrossAttention(width, num_heads, dropout)
-        self.norm3 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.mlp = Mlp(width, int(width * mlp_ratio), dropout)
-
-    def forward(self, x: Tensor, context: Tensor, modulation: Tensor) -> Tensor:
-        """x ``[B, L, D]``, context ``[B, M, D]``, modulation ``[B, 6, D]``."""
-        rows = (self.scale_shift_table + modulation).chunk(MODULATIONS, dim=1)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = rows
-        x = x + gate_a * self.attn1(self.norm1(x) * (1 + scale_a) + shift_a)
-        x = x + self.attn2(self.norm2(x), context)
-        return x + gate_m * self.mlp(self.norm3(x) * (1 + scale_m) + shift_m)
+from .cross_attention import MODULATIONS, CrossAttentionBlock
+from .layers import LAYER_NORM_EPS, initialise_linears, zero_linears
 
 
 class EntropyAdaLN(nn.Module):
@@ -55,6 +25,8 @@ class EntropyAdaLN(nn.Module):
 
     def forward(self, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """entropy ``[B, L]`` to image modulation ``[B, 6, D]``, scale and shift ``[B, L, D]``."""
+        first: Any = self.global_mlp[0]
+        entropy = entropy.to(first.weight.dtype)
         image = self.global_mlp(entropy.mean(1, keepdim=True)).unflatten(1, (MODULATIONS, -1))
         scale, shift = self.spatial_mlp(entropy[..., None]).chunk(2, dim=-1)
         return image, scale, shift
@@ -116,8 +88,9 @@ class DriftDecoderNet(nn.Module):
             image, scale, shift = self.entropy_adaln(entropy)
             modulation = modulation + image
             h = h * (1 + scale) + shift
-        for block in self.res_blocks:
-            h = block(h, context, modulation)
+        blocks: Any = self.res_blocks
+        for block in blocks:
+            h = block(h, block.attn2.keys_values(context), modulation)
         return self.final_layer(h)
 
 

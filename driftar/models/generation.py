@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .diffusion import Noise
 
@@ -66,6 +66,11 @@ class Stopwatch:
         return elapsed
 
 
+def sampling_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a sampler of a model of this dtype computes in: at least fp32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def noise_source(
     noise: Noise | None, generator: torch.Generator | None, device: torch.device, dtype: torch.dtype
 ) -> Noise:
@@ -110,6 +115,17 @@ def check_labels(class_labels: Tensor, num_classes: int) -> Tensor:
                 f"got {low}..{high}"
             )
     return class_labels.long()
+
+
+def class_condition(class_labels: Tensor, embedding: nn.Embedding, unconditional: Tensor) -> Tensor:
+    """Condition vectors ``[B, D]`` of labels ``[B]``; -1 is unconditional (``[1, D]``).
+
+    Raises:
+        TypeError, ValueError: labels of a wrong dtype, shape or range.
+    """
+    labels = check_labels(class_labels, embedding.num_embeddings).to(unconditional.device)
+    embedded = embedding(labels.clamp(min=0))
+    return torch.where((labels < 0)[:, None], unconditional, embedded)
 
 
 def check_finite(name: str, value: float) -> float:

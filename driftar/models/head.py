@@ -22,7 +22,8 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """t ``[N]`` in the units of training (0..999 for diffusion) to ``[N, W]``."""
-        return self.mlp(sinusoid(t, TIME_FEATURES))
+        first: Any = self.mlp[0]
+        return self.mlp(sinusoid(t, TIME_FEATURES).to(first.weight.dtype))
 
 
 class ResidualBlock(nn.Module):
@@ -86,7 +87,7 @@ class AdaLNHead(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
         """x ``[N, C]``, t ``[N]``, z ``[N, D]`` to ``[N, out_channels]``."""
-        h = self.input_proj(x)
+        h = self.input_proj(x.to(self.input_proj.weight.dtype))
         y = self.time_embed(t) + self.cond_embed(z)
         for block in self.res_blocks:
             h = block(h, y)

@@ -78,6 +78,21 @@ def check_heads(width: int, num_heads: int) -> None:
         raise ValueError(f"num_heads must divide the width {width}, got {num_heads}")
 
 
+class KVCache:
+    """Keys and values of the positions that one attention layer has seen."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[Tensor, Tensor] | None = None
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append ``[B, H, n, d]`` and return everything seen, ``[B, H, N, d]`` each."""
+        if self._seen is not None:
+            key = torch.cat([self._seen[0], key], dim=2)
+            value = torch.cat([self._seen[1], value], dim=2)
+        self._seen = key, value
+        return key, value
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection (rows ordered q, k, v).
 
@@ -93,10 +108,17 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        cache: KVCache | None = None,
     ) -> Tensor:
-        """x ``[B, L, D]``; ``attn_mask`` bool, True = visible, broadcasts to ``[B, H, L, L]``."""
-        return self._attend(x, attn_mask, is_causal, "none", 0)[0]
+        """x ``[B, L, D]``; ``attn_mask`` bool, True = visible, broadcasts to ``[B, H, L, L]``.
+
+        With a cache, x also attends to the positions in it, and is appended to it.
+        """
+        return self._attend(x, attn_mask, is_causal, "none", 0, cache)[0]
 
     def with_entropy(
         self,
@@ -113,9 +135,17 @@ class Attention(nn.Module):
         return out, entropy
 
     def _attend(
-        self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, entropy: str, entropy_from: int
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        entropy: str,
+        entropy_from: int,
+        cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         query, key, value = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, -1))
+        if cache is not None:
+            key, value = cache.extend(key, value)
         result = driftar_kernels.attention(
             query,
             key,
@@ -126,29 +156,6 @@ class Attention(nn.Module):
             entropy_from=entropy_from,
         )
         return self.proj_drop(self.proj(merge_heads(result.out))), result.entropy
-
-
-class CrossAttention(nn.Module):
-    """Multi-head attention of x to a context, with separate biased projections."""
-
-    def __init__(self, width: int, num_heads: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        check_heads(width, num_heads)
-        self.num_heads = num_heads
-        self.wq = nn.Linear(width, width)
-        self.wk = nn.Linear(width, width)
-        self.wv = nn.Linear(width, width)
-        self.proj = nn.Linear(width, width)
-        self.proj_drop = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x ``[B, L, D]``, context ``[B, M, D]``."""
-        heads = (
-            split_heads(part, self.num_heads)
-            for part in (self.wq(x), self.wk(context), self.wv(context))
-        )
-        out = driftar_kernels.attention(*heads, entropy="none").out
-        return self.proj_drop(self.proj(merge_heads(out)))
 
 
 class Mlp(nn.Module):
@@ -184,9 +191,13 @@ class TransformerBlock(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio), dropout)
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        cache: KVCache | None = None,
     ) -> Tensor:
-        x = x + self.attn(self.norm1(x), attn_mask, is_causal)
+        x = x + self.attn(self.norm1(x), attn_mask, is_causal, cache)
         return x + self.mlp(self.norm2(x))
 
     def with_entropy(

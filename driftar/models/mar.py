@@ -18,6 +18,7 @@ from .generation import (
     check_count,
     check_finite,
     noise_source,
+    sampling_dtype,
 )
 from .head import AdaLNHead
 from .mar_backbone import MARBackbone
@@ -149,7 +150,7 @@ class MAR(MARBackbone):
         if cfg_schedule not in CFG_SCHEDULES:
             raise ValueError(f"cfg_schedule must be one of {CFG_SCHEDULES}, got {cfg_schedule!r}")
         schedule = diffusion.DiffusionSchedule.build(num_sampling_steps)
-        device, dtype = self.fake_latent.device, self.fake_latent.dtype
+        device, dtype = self.fake_latent.device, sampling_dtype(self.fake_latent.dtype)
         watch, stats = Stopwatch(device), GenerationStats()
         condition = self.condition(class_labels)
         batch, length = condition.shape[0], self.seq_len
@@ -188,7 +189,8 @@ class MAR(MARBackbone):
             stats.decoder_nfe += len(schedule) if rows else 0
             stats.decoder_seconds += watch.lap()
         stats.total_seconds = stats.ar_seconds + stats.decoder_seconds
-        return Generation(self.unpatchify(tokens), None, stats)
+        latents = self.unpatchify(tokens).to(self.fake_latent.dtype)
+        return Generation(latents, None, stats)
 
     def _orders(
         self, orders: Tensor | None, batch: int, generator: torch.Generator | None

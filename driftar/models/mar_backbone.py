@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .generation import check_labels
+from .generation import class_condition
 from .layers import LAYER_NORM_EPS, TransformerBlock, initialise_linears, patchify, unpatchify
+from .stack import block_causal_mask, run_blocks
 
 
 class MARBackbone(nn.Module):
@@ -146,9 +148,7 @@ class MARBackbone(nn.Module):
         Raises:
             TypeError, ValueError: labels of a wrong dtype, shape or range.
         """
-        labels = check_labels(class_labels, self.num_classes).to(self.fake_latent.device)
-        embedded = self.class_emb(labels.clamp(min=0))
-        return torch.where((labels < 0)[:, None], self.fake_latent, embedded)
+        return class_condition(class_labels, self.class_emb, self.fake_latent)
 
     def encode(self, tokens: Tensor, mask: Tensor, condition: Tensor) -> Tensor:
         """Encoder outputs ``[B, buffer + unmasked, D]``.
@@ -164,14 +164,13 @@ class MARBackbone(nn.Module):
         known = ~self._check_mask(tokens, mask, condition)
         batch = tokens.shape[0]
         buffer = condition[:, None].expand(-1, self.buffer_size, -1)
-        x = torch.cat([buffer, self.z_proj(tokens)], dim=1) + self.encoder_pos_embed_learned
+        x = self.z_proj(tokens.to(self.z_proj.weight.dtype))
+        x = torch.cat([buffer, x], dim=1) + self.encoder_pos_embed_learned
         x = self.z_proj_ln(x)
         count = int(known.sum()) // max(batch, 1)
         content = x[:, self.buffer_size :][known].reshape(batch, count, self.width)
         x = torch.cat([x[:, : self.buffer_size], content], dim=1)
-        for block in self.encoder_blocks:
-            x = block(x)
-        return self.encoder_norm(x)
+        return self.encoder_norm(run_blocks(self.encoder_blocks, x)[0])
 
     def decoder_input(self, encoded: Tensor, mask: Tensor) -> Tensor:
         """Encoder outputs in place among mask tokens, with positions: ``[B, buffer + L, D]``."""
@@ -189,18 +188,35 @@ class MARBackbone(nn.Module):
 
     def features(self, tokens: Tensor, mask: Tensor, condition: Tensor) -> Tensor:
         """Condition z ``[B, L, D]`` of every position; arguments as :meth:`encode`."""
-        x = self.decoder_input(self.encode(tokens, mask, condition), mask)
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.decoder_output(x)
+        return self.features_with_entropies(tokens, mask, condition, ())[0]
+
+    def features_with_entropies(
+        self, tokens: Tensor, mask: Tensor, condition: Tensor, entropy_layers: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As :meth:`features`, and entropy maps ``[B, L]`` of decoder blocks, in the same pass.
+
+        Args:
+            entropy_layers: indices of the blocks; negative ones count from the end.
+        """
+        x, entropies = run_blocks(
+            self.decoder_blocks,
+            self.decoder_input(self.encode(tokens, mask, condition), mask),
+            entropy_layers=entropy_layers,
+            entropy_from=self.buffer_size,
+        )
+        return self.decoder_output(x), entropies
 
     @property
     def penultimate_block(self) -> TransformerBlock:
         """The block before the last: where Drift-AR takes its entropy and its feature map."""
+        block: Any = self.decoder_blocks[self._penultimate]
+        return block
+
+    @property
+    def _penultimate(self) -> int:
         if len(self.decoder_blocks) < 2:
             raise ValueError("decoder_depth must be at least 2 for a penultimate block, got 1")
-        block: Any = self.decoder_blocks[-2]
-        return block
+        return len(self.decoder_blocks) - 2
 
     @property
     def draft_source(self) -> tuple[list[TransformerBlock], nn.LayerNorm]:
@@ -221,28 +237,26 @@ class MARBackbone(nn.Module):
             z ``[B, L, D]`` and the normalised entropy of the head-averaged map ``[B, L]`` (Eq. 4),
             in [0, 1].
         """
-        batch = condition.shape[0]
-        mask = torch.ones(batch, self.seq_len, dtype=torch.bool, device=condition.device)
-        blank = condition.new_zeros(batch, self.seq_len, self.token_channels)
-        x = self.decoder_input(self.encode(blank, mask, condition), mask)
-        penultimate = self.penultimate_block
-        entropy = condition.new_zeros(batch, self.seq_len)
-        for block in self.decoder_blocks:
-            if block is penultimate:
-                x, rows = block.with_entropy(
-                    x, self._causal_mask(x.device), entropy_from=self.buffer_size
-                )
-                entropy = rows[:, self.buffer_size :].clamp(0, 1)
-            else:
-                x = block(x)
+        if condition.dim() != 2 or condition.shape[1] != self.width:
+            raise ValueError(
+                f"condition must be [B, {self.width}], got shape {list(condition.shape)}"
+            )
+        # The encoder sees the buffer only: nothing here depends on the content of a mask.
+        buffer = condition[:, None].expand(-1, self.buffer_size, -1)
+        x = self.z_proj_ln(buffer + self.encoder_pos_embed_learned[:, : self.buffer_size])
+        x = self.decoder_embed(self.encoder_norm(run_blocks(self.encoder_blocks, x)[0]))
+        masked = self.mask_token.to(x.dtype).expand(x.shape[0], self.seq_len, -1)
+        layer = self._penultimate
+        x, (entropy,) = run_blocks(
+            self.decoder_blocks,
+            torch.cat([x, masked], dim=1) + self.decoder_pos_embed_learned,
+            layer_masks={
+                layer: block_causal_mask(self.buffer_size, self.seq_len, 1, condition.device)
+            },
+            entropy_layers=(layer,),
+            entropy_from=self.buffer_size,
+        )
         return self.decoder_output(x), entropy
-
-    def _causal_mask(self, device: torch.device) -> Tensor:
-        """Bool ``[buffer + L, buffer + L]``, True = visible: causal; the buffer sees itself."""
-        total = self.buffer_size + self.seq_len
-        visible = torch.ones(total, total, dtype=torch.bool, device=device).tril()
-        visible[: self.buffer_size, : self.buffer_size] = True
-        return visible
 
     def _check_mask(self, tokens: Tensor, mask: Tensor, condition: Tensor) -> Tensor:
         batch = tokens.shape[0]

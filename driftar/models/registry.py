@@ -1,109 +1,91 @@
-"""Models by name: published sizes and tiny ones for small images."""
+"""Model families by name: published sizes, tiny ones for small images, official checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from . import sizes
 from .drift_ar import DriftAR
+from .drift_ar_mar import DriftARMAR
 from .mar import MAR
 from .mar_backbone import MARBackbone
+from .nextstep import NextStep
+from .nextstep_config import NEXTSTEP_TINY
+from .official_format import (
+    OfficialFormat,
+    architecture,
+    with_feature_map,
+    without_loss,
+)
+from .transdiff import TransDiff
+from .transdiff_mrar import TransDiffMRAR
+from .vae import AutoencoderKL
 
 
-def _mar_size(
-    width: int, depth: int, heads: int, head_depth: int, head_width: int
-) -> dict[str, Any]:
-    return {
-        "encoder_embed_dim": width,
-        "encoder_depth": depth,
-        "encoder_num_heads": heads,
-        "decoder_embed_dim": width,
-        "decoder_depth": depth,
-        "decoder_num_heads": heads,
-        "diffloss_d": head_depth,
-        "diffloss_w": head_width,
-    }
+@dataclass(frozen=True)
+class Family:
+    """Models of one class.
+
+    Attributes:
+        model: their class.
+        sizes: constructor arguments by name.
+        official: how official checkpoints are read; None where none exist.
+        build: called with the constructor arguments; the class itself by default.
+    """
+
+    model: type[nn.Module]
+    sizes: Mapping[str, Mapping[str, Any]]
+    official: OfficialFormat | None = None
+    build: Callable[..., nn.Module] | None = None
 
 
-# 8x8 grey images in [-1, 1], modelled as 16 tokens of 2x2 pixels.
-_MAR_TINY: dict[str, Any] = {
-    "img_size": 8,
-    "vae_stride": 1,
-    "patch_size": 2,
-    "vae_embed_dim": 1,
-    "encoder_embed_dim": 64,
-    "encoder_depth": 2,
-    "encoder_num_heads": 4,
-    "decoder_embed_dim": 64,
-    "decoder_depth": 3,
-    "decoder_num_heads": 4,
-    "class_num": 10,
-    "buffer_size": 4,
-    "dropout": 0.0,
-    "latent_scale": 1.0,
-    "diffloss_d": 3,
-    "diffloss_w": 96,
-    "clip_denoised": 1.0,
-}
-_HEAD_OPTIONS = ("diffloss_d", "diffloss_w", "clip_denoised")
-
-_MAR: dict[str, dict[str, Any]] = {
-    "mar_tiny": _MAR_TINY,
-    "mar_base": _mar_size(768, 12, 12, 6, 1024),
-    "mar_large": _mar_size(1024, 16, 16, 8, 1280),
-    "mar_huge": _mar_size(1280, 20, 16, 12, 1536),
-}
+def _build_drift_ar_mar(backbone: dict[str, Any], **options: Any) -> DriftARMAR:
+    return DriftARMAR(MARBackbone(**backbone), **options)
 
 
-def backbone_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a MAR's configuration that describes its backbone."""
-    return {key: value for key, value in config.items() if key not in _HEAD_OPTIONS}
-
-
-_DRIFT_AR_MAR: dict[str, dict[str, Any]] = {
-    "drift_ar_mar_tiny": {
-        "backbone": backbone_config(_MAR_TINY),
-        "drift_depth": 2,
-        "drift_num_heads": 4,
-        "draft_depth": 2,
-        "draft_num_heads": 4,
-        "dropout": 0.0,
-    },
-}
-
-
-def _build_drift_ar_mar(backbone: dict[str, Any], **options: Any) -> DriftAR:
-    return DriftAR(MARBackbone(**backbone), **options)
-
-
-_BUILDERS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
-    **{name: (MAR, config) for name, config in _MAR.items()},
-    **{name: (_build_drift_ar_mar, config) for name, config in _DRIFT_AR_MAR.items()},
+FAMILIES: dict[str, Family] = {
+    "mar": Family(MAR, sizes.MAR, OfficialFormat(architecture)),
+    "transdiff": Family(TransDiff, sizes.TRANSDIFF, OfficialFormat(architecture)),
+    "transdiff_mrar": Family(TransDiffMRAR, sizes.TRANSDIFF_MRAR, OfficialFormat(architecture)),
+    "drift_ar": Family(DriftAR, sizes.DRIFT_AR, OfficialFormat(architecture, with_feature_map)),
+    "drift_ar_mar": Family(DriftARMAR, sizes.DRIFT_AR_MAR, build=_build_drift_ar_mar),
+    "nextstep_1": Family(
+        NextStep,
+        {"nextstep_1_tiny": NEXTSTEP_TINY},
+        OfficialFormat(NextStep.config_of, NextStep.parameters_of),
+    ),
+    "autoencoder_kl": Family(
+        AutoencoderKL, sizes.AUTOENCODER_KL, OfficialFormat(state=without_loss)
+    ),
 }
 
 
 def known_models() -> tuple[str, ...]:
-    """The names that :func:`build_model` takes."""
-    return tuple(_BUILDERS)
+    """The names of sizes that :func:`build_model` takes."""
+    return tuple(name for family in FAMILIES.values() for name in family.sizes)
 
 
-def model_class(name: str) -> type[nn.Module]:
-    """Class of the models of a name.
+def find_family(name: str) -> tuple[Family, dict[str, Any]]:
+    """Family of a size's or a family's name, and the size's constructor arguments.
 
     Raises:
         ValueError: an unknown name.
     """
-    if name in _MAR:
-        return MAR
-    if name in _DRIFT_AR_MAR:
-        return DriftAR
-    raise _unknown(name)
+    for key, family in FAMILIES.items():
+        if name in family.sizes:
+            return family, dict(family.sizes[name])
+        if name == key:
+            return family, {}
+    raise ValueError(f"name must be one of {', '.join(known_models())}; got {name!r}")
 
 
-def _unknown(name: str) -> ValueError:
-    return ValueError(f"name must be one of {', '.join(known_models())}; got {name!r}")
+def model_class(name: str) -> type[nn.Module]:
+    """Class of the models of a name; ValueError for an unknown one."""
+    return find_family(name)[0].model
 
 
 def build_model(name: str, **overrides: Any) -> Any:
@@ -112,7 +94,7 @@ def build_model(name: str, **overrides: Any) -> Any:
     ``build_model(model.name, **model.config)`` builds the same architecture again.
 
     Args:
-        name: one of :func:`known_models`.
+        name: one of :func:`known_models`, or a family ("mar") for its class's own defaults.
         overrides: constructor arguments that replace those of the name; a dict ("backbone") is
             merged.
 
@@ -123,14 +105,11 @@ def build_model(name: str, **overrides: Any) -> Any:
         ValueError: an unknown name or an argument out of range.
         TypeError: an argument the model does not have.
     """
-    if name not in _BUILDERS:
-        raise _unknown(name)
-    builder, defaults = _BUILDERS[name]
-    options = dict(defaults)
+    family, options = find_family(name)
     for key, value in overrides.items():
         base = options.get(key)
         merge = isinstance(base, dict) and isinstance(value, dict)
         options[key] = {**base, **value} if merge else value  # type: ignore[dict-item]
-    model = builder(**options)
+    model = (family.build or family.model)(**options)
     model.name = name  # type: ignore[assignment]
     return model

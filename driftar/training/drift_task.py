@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from driftar.models.drift_ar import DriftAR
+from driftar.models.drift_ar_mar import DriftARMAR
 from driftar.models.mar import MAR
-from driftar.models.registry import backbone_config, build_model, model_class
+from driftar.models.registry import build_model, model_class
+from driftar.models.sizes import backbone_config
 
 from . import losses, schedule
 from .banks import ClassBank
@@ -56,7 +57,7 @@ class DriftARTask:
         settings = backbone_config(backbone.config)
         with global_seed(generator):
             # phi and the draft copy blocks of the backbone, so it must carry its weights by then.
-            model: DriftAR = build_model(config.model, backbone=settings)
+            model: DriftARMAR = build_model(config.model, backbone=settings)
             weights = backbone.state_dict()
             model.backbone.load_state_dict(
                 {key: weights[key] for key in model.backbone.state_dict()}
@@ -253,8 +254,8 @@ class DriftARTask:
 
 
 def _check_config(config: DriftTrainingConfig, num_classes: int) -> None:
-    if model_class(config.model) is not DriftAR:
-        raise ValueError(f"model must name a Drift-AR, got {config.model!r}")
+    if model_class(config.model) is not DriftARMAR:
+        raise ValueError(f"model must name a Drift-AR on MAR, got {config.model!r}")
     counts = {
         "num_steps": config.num_steps,
         "generated_per_class": config.generated_per_class,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 import driftar_kernels
+
+if TYPE_CHECKING:
+    from driftar.models.drift_stage import DriftStage
 
 # What a sample of a drift group is; see :func:`drift_group`.
 DRIFT_GROUPS = ("tokens", "flattened", "location", "pooled", "positions")
@@ -22,6 +26,50 @@ def draft_regression_loss(prediction: Tensor, z: Tensor) -> Tensor:
 def entropy_loss(entropy: Tensor) -> Tensor:
     """Negative entropy of the map ``[B, L]`` summed over all rows but the first, over L (Eq. 5)."""
     return -entropy[:, 1:].sum(1).mean() / entropy.shape[1]
+
+
+class DriftARLosses(NamedTuple):
+    """Scalars of one step: drift, draft regression (Eq. 3) and entropy (Eq. 5)."""
+
+    drift: Tensor
+    draft: Tensor
+    entropy: Tensor
+
+    def total(self, alpha: float) -> Tensor:
+        """``alpha (draft + entropy) + (1 - alpha) drift``."""
+        return alpha * (self.draft + self.entropy) + (1 - alpha) * self.drift
+
+
+def drift_ar_losses(
+    model: DriftStage,
+    condition: Tensor,
+    noise: Tensor,
+    positives: Tensor,
+    negatives: Tensor | None = None,
+    *,
+    temperatures: Sequence[float] = (0.02, 0.05, 0.2),
+    detach: bool = False,
+) -> DriftARLosses:
+    """Losses of Drift-AR as its published code computes them.
+
+    The positions of a generated image are the samples of one drift problem in the space of phi.
+
+    Args:
+        model: a Drift-AR.
+        condition: ``[B, D]``.
+        noise: ``[B, L, C]``.
+        positives, negatives: features of phi ``[B, n, D]`` that attract and repel.
+        temperatures: of the drifting field.
+        detach: Phase II: nothing reaches the AR model through its features and their entropy.
+    """
+    z, entropy = model.features(condition)
+    draft = draft_regression_loss(model.draft(z.detach()), z)
+    spread = entropy_loss(entropy)
+    if detach:
+        z, entropy = z.detach(), entropy.detach()
+    features = model.phi(model.decode(model.prior(z, entropy, noise), z, entropy))
+    drift = driftar_kernels.drift_loss(features, positives, negatives, temperatures=temperatures)
+    return DriftARLosses(drift, draft, spread)
 
 
 def drift_group(kind: str, tokens: Tensor, features: Tensor) -> Tensor:

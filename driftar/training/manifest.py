@@ -65,11 +65,12 @@ def write_manifest(
     )
 
 
-def read_manifest(directory: Path, kind: str) -> dict[str, Any]:
+def read_manifest(directory: Path, kind: str, *, follow_links: bool = False) -> dict[str, Any]:
     """Read a manifest and verify every file it lists: plain name, regular file, size, SHA-256.
 
-    Raises CheckpointError if the manifest is missing, foreign or of another kind, if a name could
-    leave the directory, or if a file is missing, a link, truncated or altered.
+    follow_links: allow links, of which the Hugging Face cache is made. Raises CheckpointError if
+    the manifest is missing, foreign or of another kind, if a name could leave the directory, or if
+    a file is missing, a link, truncated or altered.
     """
     path = directory / MANIFEST_NAME
     manifest = _parse(path)
@@ -87,7 +88,7 @@ def read_manifest(directory: Path, kind: str) -> dict[str, Any]:
     if not isinstance(files, dict) or not files:
         raise CheckpointError(path, "lists no files")
     for name, entry in files.items():
-        _verify(directory, name, entry)
+        _verify(directory, name, entry, follow_links)
     return manifest
 
 
@@ -109,7 +110,7 @@ def _parse(path: Path) -> dict[str, Any]:
     return value
 
 
-def _verify(directory: Path, name: str, entry: Any) -> None:
+def _verify(directory: Path, name: str, entry: Any, follow_links: bool) -> None:
     if name != Path(name).name or name in ("", ".", "..") or "\\" in name or "\0" in name:
         raise CheckpointError(directory, f"manifest names {name!r}, which is not a plain file name")
     path = directory / name
@@ -120,7 +121,7 @@ def _verify(directory: Path, name: str, entry: Any) -> None:
     ):
         raise CheckpointError(directory, f"manifest entry of {name!r} lacks its size or SHA-256")
     try:
-        status = path.lstat()
+        status = path.stat() if follow_links else path.lstat()
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(path, "is not a regular file")
         if status.st_size != entry["size"]:

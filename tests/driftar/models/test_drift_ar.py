@@ -1,147 +1,188 @@
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import driftar
-from driftar.models.drift_ar import DriftAR, FeatureEncoder
-from driftar.models.layers import TransformerBlock
-from driftar.models.mar_backbone import MARBackbone
+from driftar.models.drift_ar import DriftAR
+from driftar.models.weights import WeightsError
+from driftar.training.losses import DriftARLosses, drift_ar_losses
 from tests.driftar import golden
+from tests.driftar.models.training import randomise, replay, train
+
+
+@pytest.fixture(scope="module")
+def config() -> dict[str, Any]:
+    return golden.metadata("F_driftar_state_dict", "config")
+
+
+@pytest.fixture
+def published(config: dict[str, Any]) -> DriftAR:
+    """The official weights, loaded strictly."""
+    state = golden.tensors("F_driftar_state_dict")
+    model: DriftAR = driftar.load_official("drift_ar", state, config)
+    return model
+
+
+@pytest.fixture(scope="module")
+def numbers() -> dict[str, Tensor]:
+    return golden.tensors("F_driftar_forward")
 
 
 @pytest.fixture
 def tiny() -> DriftAR:
-    model: DriftAR = driftar.build_model("drift_ar_mar_tiny").eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)  # zero-initialised outputs hide everything
-    return model
+    model: DriftAR = driftar.build_model("drift_ar_tiny").eval()
+    return randomise(model)
 
 
 @torch.no_grad()
-def test_feature_map_matches_published_numbers() -> None:
-    numbers = golden.tensors("F_driftar_forward")
-    state = golden.tensors("F_driftar_state_dict")
-    encoder = FeatureEncoder(TransformerBlock(64, 4))
-    encoder.load_state_dict(golden.below(state, "feature_encoder."), strict=True)
-    projection = golden.below(state, "token_to_enc_proj.")
-    tokens = torch.nn.functional.linear(
-        numbers["phi_tokens_in"], projection["weight"], projection["bias"]
-    )
-    golden.assert_near(encoder(tokens), numbers["phi_out"], 1e-5)
+def test_features_and_entropy_match_published_numbers(
+    published: DriftAR, numbers: dict[str, Tensor]
+) -> None:
+    for labels, suffix in ((numbers["labels"], ""), (torch.tensor([-1] * 3), "_uncond")):
+        z, entropy = published.features(published.condition(labels))
+        golden.assert_near(z, numbers[f"z_AR{suffix}"], 1e-5)
+        expected = numbers["entropy_map" if suffix == "" else "entropy_uncond"]
+        golden.assert_near(entropy, expected, 1e-5)
 
 
 @torch.no_grad()
-def test_prior_matches_published_numbers() -> None:
-    numbers = golden.tensors("F_driftar_forward")
-    state = golden.tensors("F_driftar_state_dict")
-    model = driftar.build_model("drift_ar_mar_tiny")
-    model.enc_to_token_proj.load_state_dict(golden.below(state, "enc_to_token_proj."))
-    x0 = model.prior(numbers["z_AR"], numbers["entropy_map"], numbers["noise"])
+def test_prior_decoder_and_phi_match_published_numbers(
+    published: DriftAR, numbers: dict[str, Tensor]
+) -> None:
+    z, entropy = numbers["z_AR"], numbers["entropy_map"]
+    x0 = published.prior(z, entropy, numbers["noise"])
     golden.assert_near(x0, numbers["x0"], 1e-5)
+    golden.assert_near(published.decode(x0, z, entropy), numbers["x_hat"], 1e-5)
+    golden.assert_near(published.phi(numbers["phi_tokens_in"]), numbers["phi_out"], 1e-5)
 
 
 @torch.no_grad()
-def test_feature_encoder_never_drops_out() -> None:
-    model = driftar.build_model("drift_ar_mar_tiny", backbone={"dropout": 0.5}).train()
-    tokens = torch.randn(2, 16, 4)
-    assert model.backbone.penultimate_block.training
-    assert torch.equal(model.phi(tokens), model.phi(tokens))
-    assert not any(p.requires_grad for p in model.feature_encoder.parameters())
+@pytest.mark.parametrize(("eps", "key"), [(1e-6, "draft_out"), (1e-5, "draft_out_eps1e-5")])
+def test_draft_matches_published_numbers(
+    config: dict[str, Any], numbers: dict[str, Tensor], eps: float, key: str
+) -> None:
+    state = golden.tensors("F_driftar_state_dict")
+    model: DriftAR = driftar.load_official("drift_ar", state, {**config, "draft_eps": eps})
+    golden.assert_near(model.draft(numbers["draft_in"]), numbers[key], 1e-5)
 
 
-@torch.no_grad()
-def test_entropy_is_that_of_the_buffered_causal_map(tiny: DriftAR) -> None:
-    """Compare with the explicit softmax of the penultimate block (Eq. 4, head mean first)."""
-    backbone: MARBackbone = tiny.backbone
-    condition = tiny.condition(torch.tensor([2, -1]))
-    z, entropy = tiny.features(condition)
-
-    mask = torch.ones(2, 16, dtype=torch.bool)
-    x = backbone.decoder_input(backbone.encode(torch.zeros(2, 16, 4), mask, condition), mask)
-    x = backbone.decoder_blocks[0](x)
-    block = backbone.penultimate_block
-    query, key, _ = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, 4, 16)).unbind(2)
-    scores = torch.einsum("bihd,bjhd->bhij", query, key) / 4
-    content = scores[:, :, 4:, 4:].masked_fill(torch.ones(16, 16).triu(1).bool(), -torch.inf)
-    average = content.softmax(-1).mean(1)
-    rows = -(average * average.clamp(min=1e-30).log()).sum(-1)
-    expected = rows[:, 1:] / torch.arange(2, 17).log()
-    torch.testing.assert_close(entropy[:, 1:], expected, rtol=1e-4, atol=1e-5)
-    assert float(entropy[:, 0].abs().max()) == 0
-    assert z.shape == (2, 16, 64)
-
-
-def test_entropy_carries_gradients_to_the_condition(tiny: DriftAR) -> None:
-    condition = tiny.condition(torch.tensor([1])).detach().requires_grad_()
-    entropy = tiny.features(condition)[1]
-    (gradient,) = torch.autograd.grad(entropy.sum(), condition)
-    assert float(gradient.abs().max()) > 0
-
-
-@torch.no_grad()
-def test_generate_is_features_prior_and_one_decode(tiny: DriftAR) -> None:
-    labels, noise = torch.tensor([7, 0, 7]), torch.randn(3, 16, 4)
-    result = tiny.generate_with_stats(labels, noise=lambda shape: noise)
-    z, entropy = tiny.features(tiny.condition(labels))
-    tokens = tiny.decode(tiny.prior(z, entropy, noise), z, entropy)
-    torch.testing.assert_close(result.latents, tiny.unpatchify(tokens))
-    assert result.entropy is not None
-    torch.testing.assert_close(result.entropy, entropy)
+@pytest.mark.parametrize("case", ["nocfg", "cfg"])
+def test_generation_matches_the_published_run(published: DriftAR, case: str) -> None:
+    run = golden.below(golden.tensors("F_driftar_sampling"), f"{case}_")
+    noise = replay(run["noise"])
+    result = published.generate_with_stats(run["labels"], cfg=float(run["cfg"]), noise=noise)
+    golden.assert_near(result.latents, run["out_latent"], 1e-5)
+    assert noise.exhausted
     assert result.stats.decoder_nfe == 1
-    assert result.stats.total_seconds == pytest.approx(
-        result.stats.ar_seconds + result.stats.decoder_seconds
+
+
+@pytest.mark.parametrize("case", ["phase1", "phase2", "noneg"])
+def test_losses_and_all_gradients_match_the_published_step(published: DriftAR, case: str) -> None:
+    numbers = golden.tensors("F_driftar_train")
+    run = golden.below(numbers, f"{case}_")
+    losses = drift_ar_losses(
+        published,
+        published.condition(numbers["labels"]),
+        run["noise"],
+        numbers["pos_features"],
+        None if case == "noneg" else numbers["neg_features"],
+        detach=case == "phase2",
     )
-    assert not torch.equal(result.latents[0], result.latents[2])
+    for actual, name in zip(losses, ("drift", "reg", "entropy"), strict=True):
+        golden.assert_near(actual.detach(), run[f"loss_{name}"], 1e-5)
+    total = losses.total(0.0 if case == "phase2" else 0.4)
+    golden.assert_near(total.detach(), run["total_alpha0.4"], 1e-5)
+
+    total.backward()
+    gradients = {name: p.grad for name, p in published.named_parameters() if p.requires_grad}
+    names: Any = golden.metadata("F_driftar_train", "grad_norm_names")
+    assert gradients.keys() == set(names)
+    for name, expected in zip(names, run["grad_norms"].tolist(), strict=True):
+        gradient = gradients[name]
+        norm = 0.0 if gradient is None else float(gradient.norm())
+        # Shifting all keys changes no softmax: what is left of that gradient is rounding.
+        assert norm == pytest.approx(expected, rel=1e-4, abs=1e-7), name
+    for name, key in (
+        ("token_to_enc_proj.weight", "token_to_enc_proj"),
+        ("drift_decoder.net.final_layer.linear.weight", "final_linear"),
+        ("drift_decoder.net.input_proj.weight", "input_proj"),
+    ):
+        gradient = gradients[name]
+        assert gradient is not None
+        golden.assert_near(gradient, run[f"grad_{key}"], 1e-5)
+
+
+@pytest.mark.parametrize("size", ["base", "large", "huge"])
+def test_published_sizes_have_the_official_parameters(size: str) -> None:
+    with torch.device("meta"):
+        model = driftar.build_model(f"drift_ar_{size}")
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert shapes == golden.parameters(f"drift_ar_{size}")
+
+
+def test_checkpoints_without_the_feature_map_get_its_copy(
+    published: DriftAR, config: dict[str, Any]
+) -> None:
+    state = golden.tensors("F_driftar_state_dict")
+    without = {key: value for key, value in state.items() if "feature_encoder" not in key}
+    model = driftar.load_official("drift_ar", without, config)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key])
+    del state["feature_encoder.block.norm1.bias"]
+    with pytest.raises(WeightsError, match=r"missing: feature_encoder\.block\.norm1\.bias"):
+        driftar.load_official("drift_ar", state, config)
+
+
+def test_training_learns_and_reaches_every_used_parameter() -> None:
+    """The drift loss itself stays flat: what it trains is the way from samples to data."""
+    model: DriftAR = driftar.build_model("drift_ar_tiny")
+    labels, noise = torch.tensor([0, 1, -1]), torch.randn(3, 16, 4)
+    data = 2 + 0.1 * torch.randn(9, 16, 4)
+
+    def losses() -> DriftARLosses:
+        with torch.no_grad():
+            positives = model.phi(data).reshape(3, 48, 64)
+        condition = model.condition(labels)
+        return drift_ar_losses(model, condition, noise, positives, temperatures=(0.5,))
+
+    def distance() -> float:
+        tokens = model.patchify(model.generate(labels, noise=lambda shape: noise))
+        return float((tokens.mean((0, 1)) - data.mean((0, 1))).norm())
+
+    first, away = losses().draft.item(), distance()
+    # What the encoder's tokens would hold has no influence.
+    assert train(model, lambda: losses().total(0.5)) == {"z_proj.weight", "z_proj.bias"}
+    assert losses().draft.item() < 0.9 * first
+    assert distance() < 0.9 * away
 
 
 @torch.no_grad()
-def test_guidance_extrapolates_branches_that_share_noise(tiny: DriftAR) -> None:
-    labels, noise = torch.tensor([4]), torch.randn(1, 16, 4)
-
-    def generate(classes: Tensor, cfg: float) -> Tensor:
-        return tiny.generate(classes, cfg=cfg, noise=lambda shape: noise)
-
-    conditional, unconditional = generate(labels, 1.0), generate(torch.tensor([-1]), 1.0)
-    expected = unconditional + 2.5 * (conditional - unconditional)
-    torch.testing.assert_close(generate(labels, 2.5), expected, rtol=1e-4, atol=1e-4)
+def test_entropies_of_other_layers_come_in_the_same_pass(tiny: DriftAR) -> None:
+    condition = tiny.condition(torch.tensor([1, -1]))
+    z, (shallow, penultimate) = tiny.features_with_entropies(condition, (0, -2))
+    expected_z, expected_entropy = tiny.features(condition)
+    torch.testing.assert_close(z, expected_z)
+    torch.testing.assert_close(penultimate, expected_entropy)
+    assert float(penultimate[:, 0].abs().max()) == 0 < float(shallow[:, 0].min())
 
 
-def test_generation_needs_a_finite_weight_and_good_noise(tiny: DriftAR) -> None:
-    labels = torch.tensor([0])
-    with pytest.raises(ValueError, match="cfg"):
-        tiny.generate(labels, cfg=math.nan)
-    with pytest.raises(ValueError, match="noise"):
-        tiny.generate(labels, noise=lambda shape: torch.zeros(2, 16, 4))
-    with pytest.raises(ValueError, match="class_labels"):
-        tiny.generate(torch.tensor([10]))
-    assert tiny.generate(torch.zeros(0, dtype=torch.long)).shape == (0, 1, 8, 8)
-
-
-def test_copies_follow_the_loaded_backbone() -> None:
-    backbone = driftar.build_model("mar_tiny")
-    model = driftar.build_model("drift_ar_mar_tiny")
-    state = backbone.state_dict()
-    model.backbone.load_state_dict({key: state[key] for key in model.backbone.state_dict()})
-    model.initialise_copies()
-    phi = model.feature_encoder.block.state_dict()
-    for name, value in backbone.decoder_blocks[1].state_dict().items():
-        assert torch.equal(phi[name], value)
-    first = model.draft_model.blocks[0].state_dict()
-    for name, value in backbone.decoder_blocks[0].state_dict().items():
-        assert torch.equal(first[name], value)
-
-
-def test_token_projection_keeps_distances() -> None:
-    model = driftar.build_model("drift_ar_mar_tiny")
-    a, b = torch.randn(5, 4), torch.randn(5, 4)
-    projected = model.token_to_enc_proj(a) - model.token_to_enc_proj(b)
-    torch.testing.assert_close(projected.norm(dim=1), 4 * (a - b).norm(dim=1))
-
-
-def test_backbone_without_a_penultimate_block_is_refused() -> None:
-    with pytest.raises(ValueError, match="decoder_depth"):
-        driftar.build_model("drift_ar_mar_tiny", backbone={"decoder_depth": 1})
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda m: driftar.build_model("drift_ar_tiny", encoder_depth=0), "encoder_depth"),
+        (lambda m: driftar.build_model("drift_ar_tiny", img_size=9), "img_size"),
+        (lambda m: driftar.build_model("drift_ar_tiny", draft_depth=5), "blocks"),
+        (lambda m: m.patchify(torch.zeros(1, 1, 16, 16)), "latents"),
+        (lambda m: m.generate(torch.tensor([10])), "class_labels"),
+        (lambda m: m.generate(torch.tensor([0]), cfg=float("inf")), "cfg"),
+        (lambda m: m.features(torch.zeros(64)), "condition"),
+    ],
+)
+def test_bad_arguments_are_named(tiny: DriftAR, call: Callable[[DriftAR], Any], name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        call(tiny)

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from driftar.models.layers import Attention, CrossAttention, patchify, sinusoid, unpatchify
+from driftar.models.cross_attention import CrossAttention
+from driftar.models.layers import Attention, patchify, sinusoid, unpatchify
 from tests.driftar import golden
 
 
@@ -60,7 +61,7 @@ def test_attention_equals_pytorch() -> None:
 def test_cross_attention_reaches_the_context() -> None:
     module = CrossAttention(16, 2)
     x, context = torch.randn(2, 5, 16), torch.randn(2, 3, 16, requires_grad=True)
-    out = module(x, context)
+    out = module(x, module.keys_values(context))
     (gradient,) = torch.autograd.grad(out.square().sum(), context)
     assert out.shape == x.shape
     assert float(gradient.abs().min(-1).values.min()) > 0
