@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,35 @@ def draw_all(records: Sequence[Record], directory: Path) -> list[Path]:
         drawn.append(directory / "distance_to_floor.png")
         _distances(members, drawn[-1])
     return drawn
+
+
+def draw_stages(bars: Mapping[str, Mapping[str, float]], stages: Sequence[str], path: Path) -> None:
+    """Stacked horizontal bars of seconds per stage, one bar per entry, each of its own length.
+
+    Bars are scaled to their model's slower variant, so that short and long ones can be compared;
+    the total stands behind each.
+    """
+    figure, axes = plt.subplots(figsize=(8, 0.5 * len(bars) + 1.2), layout="constrained")
+    longest: dict[str, float] = {}
+    for label, parts in bars.items():
+        model = label.partition("\n")[0]
+        longest[model] = max(longest.get(model, 0.0), sum(parts.values()))
+    for y, (label, parts) in enumerate(bars.items()):
+        scale, left = longest[label.partition("\n")[0]], 0.0
+        for stage, colour in zip(stages, _COLOURS, strict=False):
+            width = 100 * parts[stage] / scale
+            name = stage if y == 0 else None
+            axes.barh(y, width, left=left, color=colour, height=0.7, label=name)
+            left += width
+        axes.text(left + 1, y, f"{sum(parts.values()):.3g} s", va="center", fontsize=8)
+    axes.set_yticks(range(len(bars)), list(bars), fontsize=7)
+    axes.set_ylim(len(bars) - 0.5, -0.5)
+    axes.set_xlim(0, 115)
+    axes.set_xlabel("% of the slower variant's time for one image")
+    axes.legend(
+        fontsize=8, frameon=False, ncols=len(stages), loc="upper center", bbox_to_anchor=(0.5, 1.12)
+    )
+    _save(figure, path)
 
 
 def _against_length(records: Sequence[Record], label: str, unit: float, path: Path) -> None:

@@ -134,7 +134,7 @@ def _summary(records: Sequence[Record]) -> list[str]:
         if members:
             met = f"{verdicts.count(True)} of {len(verdicts)}" if verdicts else "-"
             rows.append([title, str(len(members)), met])
-    return [*_markdown(rows), ""]
+    return [*markdown_table(rows), ""]
 
 
 def _table(records: Sequence[Record]) -> list[str]:
@@ -155,7 +155,7 @@ def _table(records: Sequence[Record]) -> list[str]:
         if floors:
             row.append(f"{entry.ours / entry.floor:.2f}x" if entry.floor else "-")
         rows.append(row)
-    return [*_markdown(rows), *_absences(records)]
+    return [*markdown_table(rows), *_absences(records)]
 
 
 def _verdict(met: bool | None) -> str:
@@ -173,7 +173,8 @@ def _absences(records: Sequence[Record]) -> list[str]:
     ]
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose first row is the header."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
 
