@@ -36,6 +36,7 @@ TREE_COLUMNS = 16  # columns of draft and target that a tree's program reads at 
 COMMIT_COLUMNS = 128
 MERGE_ROWS = 16
 MAP = Tile(16, 32, 8)  # its program keeps one number per row and head
+MAP_GRADIENT = Tile(32, 32, 8)  # one stage: what a step adds to, the next one reads
 FEW_ROWS = 64  # up to here keys are split over programs
 # (pass, bytes of an element) -> {largest padded head dimension: tile of queries x keys}. The tiles
 # bound the registers of the accumulators: queries x Dv forward, queries x D for the queries'
@@ -68,6 +69,7 @@ ATTENTION: dict[tuple[str, int], dict[int, Tile]] = {
         256: Tile(16, 16, 8, 1),
     },
 }
+INNER_CHUNK = 32
 FEWEST_ROWS = 16  # of a matrix unit's tile
 
 
@@ -76,7 +78,7 @@ def attention_tile(
 ) -> Tile:
     """Tile of a pass ("forward", "query_gradient", "key_gradient") over ``rows`` packed rows.
 
-    ``crowded`` passes hold a tile of a mask, a tree or the head-averaged map as well.
+    ``crowded`` passes hold a tile of a mask or a tree as well.
     """
     classes = ATTENTION[name, dtype.itemsize]
     tile = next((classes[c] for c in classes if max(width, value_width) <= c), None)
@@ -92,6 +94,16 @@ def attention_tile(
         most = 64 if name == "forward" else 32
         return Tile(min(tile.rows, most), min(tile.columns, 32), warps, 1)
     return tile
+
+
+def inner_chunk(dtype: torch.dtype, precision: str, width: int, value_width: int) -> int:
+    """Features that an inner product takes at a time; 0: all at once.
+
+    Without matrix units (fp32 in full precision) a thread holds whole rows of both operands, and
+    those of wide heads do not fit into registers.
+    """
+    exact = dtype == torch.float32 and precision == "ieee"
+    return INNER_CHUNK if exact and max(width, value_width) > 64 else 0
 
 
 @cache

@@ -36,7 +36,7 @@ def test_every_operator_runs_its_kernels() -> None:
 
 @given(parents=parent_lists(70))
 def test_ancestors_are_packed(parents: list[int]) -> None:
-    from driftar_kernels.triton.attention import pack_ancestors
+    from driftar_kernels.triton.attention_problem import pack_ancestors
 
     tree = dk.DraftTree(parents)
     bits = pack_ancestors(tree.parents)
@@ -117,7 +117,7 @@ def test_wide_heads_are_refused_with_the_limit() -> None:
     ("asked", "expected"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")]
 )
 def test_precision_follows_pytorch(asked: str, expected: str) -> None:
-    from driftar_kernels.triton.attention import precision
+    from driftar_kernels.triton.attention_problem import precision
 
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(asked)
