@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .attention_gradient import Saved
 from .attention_map import map_kernel, map_key_gradient_kernel, map_query_gradient_kernel
 from .attention_merge import merge_kernel
 from .attention_problem import Problem, matrix
-from .tuning import MAP, MAP_GRADIENT, MERGE_ROWS, key_splits
+from .tuning import MAP, MAP_GRADIENT, MERGE_ROWS, Tile, key_splits
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -60,7 +61,7 @@ def attention_forward(
     if problem.rows == 0:
         results.entropy.zero_(), results.entropy_norm.zero_()  # a map of no heads has entropy 0
         return tuple(results)
-    _stream_keys(problem, results)
+    problem.run("forward", partial(_stream_keys, problem, results))
     if entropy == "map":
         map_kernel[(problem.batch * triton.cdiv(problem.query_length, MAP.rows),)](
             problem.query,
@@ -77,18 +78,17 @@ def attention_forward(
     return tuple(results)
 
 
-def _stream_keys(problem: Problem, results: Results) -> None:
+def _stream_keys(problem: Problem, results: Results, tile: Tile) -> None:
     """The pass over the keys, split where there are too few rows to fill the device."""
-    tile = problem.tile("forward")
     options = problem.options(tile)
     programs = problem.batch * problem.key_heads * triton.cdiv(problem.packed, tile.rows)
     splits, keys = key_splits(
         problem.device, programs, problem.packed, problem.key_length, tile.columns
     )
-    partial_out = partial = results.lse
+    partial_out = statistics = results.lse
     if splits > 1:
         partial_out = results.lse.new_empty(splits, problem.rows, problem.value_width)
-        partial = results.lse.new_empty(splits, STATISTICS.value, problem.rows)
+        statistics = results.lse.new_empty(splits, STATISTICS.value, problem.rows)
     forward_kernel[(programs, splits)](
         problem.query,
         problem.key,
@@ -97,7 +97,7 @@ def _stream_keys(problem: Problem, results: Results) -> None:
         problem.units,
         results,
         partial_out,
-        partial,
+        statistics,
         problem.batch,
         **problem.sizes,
         split=keys,
@@ -110,7 +110,7 @@ def _stream_keys(problem: Problem, results: Results) -> None:
         merge_kernel[(triton.cdiv(problem.rows, MERGE_ROWS),)](
             results,
             partial_out,
-            partial,
+            statistics,
             problem.units,
             problem.rows,
             splits,
@@ -183,28 +183,33 @@ def _gradients(
     """One kernel for the queries' gradient, which also leaves delta, and one for the keys'."""
     grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in inputs)
     problems = problem.batch * problem.key_heads
-    tile = problem.tile("query_gradient")
-    query_gradient_kernel[(problems * triton.cdiv(problem.packed, tile.rows),)](
-        *common,
-        *row_inputs,
-        grad_query,
-        **problem.sizes,
-        scale=scale,
-        OPTIONS=problem.options(tile),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-    tile = problem.tile("key_gradient")
-    key_gradient_kernel[(problems * triton.cdiv(problem.key_length, tile.columns),)](
-        *common,
-        grad_key,
-        grad_value,
-        **problem.sizes,
-        scale=scale,
-        OPTIONS=problem.options(tile),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+
+    def of_queries(tile: Tile) -> None:
+        query_gradient_kernel[(problems * triton.cdiv(problem.packed, tile.rows),)](
+            *common,
+            *row_inputs,
+            grad_query,
+            **problem.sizes,
+            scale=scale,
+            OPTIONS=problem.options(tile),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+    def of_keys(tile: Tile) -> None:
+        key_gradient_kernel[(problems * triton.cdiv(problem.key_length, tile.columns),)](
+            *common,
+            grad_key,
+            grad_value,
+            **problem.sizes,
+            scale=scale,
+            OPTIONS=problem.options(tile),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+    problem.run("query_gradient", of_queries)
+    problem.run("key_gradient", of_keys)
     return grad_query, grad_key, grad_value
 
 

@@ -121,7 +121,7 @@ def query_gradient_kernel(
         grad_out, sample.index, rows.head, rows.position, rows.there, OPTIONS.value_width,
         OPTIONS.block_value, OPTIONS.chunk,
     )  # fmt: skip
-    delta = store_delta(grad_out, out, grad_lse, rows, sample, saved, OPTIONS)
+    delta = store_delta(gradients, out, grad_lse, rows, saved, OPTIONS)
     row_gradients = load_row_gradients(saved, delta, rows, sample, sizes, OPTIONS)
 
     acc = tl.zeros([OPTIONS.rows, OPTIONS.block_width], tl.float32)

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from .attention_arguments import FAR_BELOW, LOG2E, MAP_ENTROPY, NO_ENTROPY, NO_MASK
-from .attention_tile import load_lse, load_tile, of_keys, of_rows, row_pointers
-from .elementary import narrow
+from .attention_tile import load_lse, load_tile, of_keys, of_rows, whole
+from .elementary import is_finite, narrow
 
 
 class Saved(NamedTuple):
@@ -36,15 +36,12 @@ class RowGradients(NamedTuple):
 
 
 @triton.jit
-def store_delta(grad_out, out, grad_lse, rows, sample, saved, OPTIONS: tl.constexpr):
-    """Computes delta, and keeps it for the key kernel."""
-    at = row_pointers(grad_out, sample.index, rows.head, rows.position)
-    gradients = load_tile(
-        at, rows.there, grad_out.column, 0, OPTIONS.value_width, OPTIONS.block_value
-    )
+def store_delta(gradients, out, grad_lse, rows, saved, OPTIONS: tl.constexpr):
+    """Computes delta of rows whose Block of grad_out is given, and keeps it for the key kernel."""
+    upstream = whole(gradients, OPTIONS.value_width, OPTIONS.block_value, OPTIONS.chunk)
     at = out + rows.at * OPTIONS.value_width
     outputs = load_tile(at, rows.there, 1, 0, OPTIONS.value_width, OPTIONS.block_value)
-    delta = tl.sum(gradients.to(tl.float32) * outputs.to(tl.float32), 1)
+    delta = tl.sum(upstream.to(tl.float32) * outputs.to(tl.float32), 1)
     delta -= tl.load(grad_lse + rows.at, mask=rows.there, other=0.0)
     tl.store(saved.delta + rows.at, delta, mask=rows.there)
     return delta
@@ -109,8 +106,7 @@ def without_nan(x, CHECKED: tl.constexpr, OPTIONS: tl.constexpr):
     """The vectors that multiply a tile of gradients. These are 0 where hidden, and 0 times NaN
     would be NaN; where NaN is seen the gradients are NaN already."""
     if CHECKED or OPTIONS.mask != NO_MASK:
-        wide = x.to(tl.float32)
-        x = tl.where(wide - wide == 0.0, x, tl.zeros_like(x))
+        x = tl.where(is_finite(x), x, tl.zeros_like(x))
     return x
 
 

@@ -181,7 +181,11 @@ def map_query_gradient_kernel(
     position = tl.program_id(0) % blocks * OPTIONS.rows + tl.arange(0, OPTIONS.rows)
     for head in range(0, heads):
         rows = locate_rows(position, head, sample, hiding, sizes, 1, OPTIONS)
-        store_delta(grad_out, out, grad_lse, rows, sample, saved, OPTIONS)
+        gradients = load_block(
+            grad_out, sample.index, head, position, rows.there, OPTIONS.value_width,
+            OPTIONS.block_value, OPTIONS.chunk,
+        )  # fmt: skip
+        store_delta(gradients, out, grad_lse, rows, saved, OPTIONS)
     tl.debug_barrier()
     bound = locate_rows(position, 0, sample, hiding, sizes, 1, OPTIONS).bound
     for start in range(0, tl.max(bound, 0), OPTIONS.columns):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -13,13 +14,17 @@ from torch import Tensor
 
 from .. import _checks
 from ..attention import ENTROPY_KINDS, check_arguments
+from . import autotune
 from .attention_arguments import Hiding, Matrix, Options, Units
 from .elementary import check_dtype
-from .tuning import Tile, attention_tile, inner_chunk
+from .tuning import Tile, attention_pass, attention_tiles, inner_chunk
 
 MASKS = {None: 0, torch.bool: 1}  # anything else is added
 FLOAT_MASK = 2
 ENTROPIES = {"none": 0, "head": 1, "map": 2}
+# What the best tile of a pass may depend on, besides the dtype and whether keys are many.
+TUNED_BY = ("block_width", "block_value", "causal", "entropy", "separate", "precision")
+LONG = 2048  # keys
 SMALLEST_UNIT = 1e-20  # a smaller scale is none, and hidden scores must not become -inf * 0
 
 
@@ -126,6 +131,7 @@ class Problem:
         self.rows = self.batch * self.heads * self.query_length
         self.packed = self.query_length * self.group
         self.device, self.dtype, self.entropy = query.device, query.dtype, entropy
+        self.widest = max(self.width, self.value_width)
         self.query, self.key, self.value = matrix(query), matrix(key), matrix(value)
 
         longest = self.key_length - (0 if parents is None else self.query_length)
@@ -163,7 +169,7 @@ class Problem:
             "value_width": self.value_width,
             "block_width": padded(self.width),
             "block_value": padded(self.value_width),
-            "chunk": inner_chunk(query.dtype, rounding, self.width, self.value_width),
+            "chunk": inner_chunk(query.dtype, rounding, self.widest),
             "mask": mask_kind,
             "lengths": key_lengths is not None,
             "offsets": query_offsets is not None,
@@ -180,10 +186,14 @@ class Problem:
         """Compile-time options of a kernel that runs in such tiles."""
         return _options(**self._fields, rows=tile.rows, columns=tile.columns)
 
-    def tile(self, name: str) -> Tile:
-        """The tile of one of the passes."""
+    def run(self, name: str, launch: Callable[[Tile], None]) -> None:
+        """Launch a pass ("forward", "query_gradient", "key_gradient") in its tile."""
+        name = attention_pass(name, self.packed)
         crowded = self._fields["mask"] != 0 or self._fields["tree"]
-        return attention_tile(name, self.dtype, self.width, self.value_width, self.packed, crowded)
+        tiles = attention_tiles(name, self.dtype, self.widest, crowded)
+        fields = tuple(self._fields[field] for field in TUNED_BY)
+        shape_class = (name, self.dtype, self.key_length > LONG, *fields)
+        autotune.run(self.device, shape_class, tiles, launch)
 
     def _expanded(self, attn_mask: Tensor) -> Tensor:
         """The mask in full shape, by strides of 0."""

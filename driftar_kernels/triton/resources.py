@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from . import attention, chain, drift, prior, tree
+from . import attention, chain, drift, prior, tree, tuning
 
 ARCHITECTURES = {80: 163, 90: 227, 100: 227}  # KiB of shared memory that one program may take
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -169,12 +169,44 @@ def _prior(dtype: torch.dtype) -> None:
     prior.entropy_prior_backward(mean, entropy, mean, *settings, True, True)
 
 
-def cases() -> dict[str, Callable[[], None]]:
-    """What is compiled: every head-dimension class and dtype, and every option once."""
-    result: dict[str, Callable[[], None]] = {}
+def _in_tile(name: str, width: int, tile: tuning.Tile) -> None:
+    """One pass of bf16 attention in a tile that is not its default."""
+    classes = tuning.ATTENTION[name, 2]
+    tiles, classes[width] = classes[width], (tile,)
+    try:
+        _attention(torch.bfloat16, width, queries=1 if name == "decode" else 4096)
+    finally:
+        classes[width] = tiles
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is compiled together.
+
+    Attributes:
+        run: makes the launches.
+        kernel: the only one of them that counts, where one is named.
+    """
+
+    run: Callable[[], None]
+    kernel: str = ""
+
+
+KERNELS = {
+    "forward": "forward_kernel",
+    "decode": "forward_kernel",
+    "query_gradient": "query_gradient_kernel",
+    "key_gradient": "key_gradient_kernel",
+}
+
+
+def cases() -> dict[str, Case]:
+    """Every head-dimension class and dtype, every option once, and every tile that autotuning may
+    choose instead of the default."""
+    runs: dict[str, Callable[[], None]] = {}
     for label, dtype in DTYPES.items():
         for width in (64, 128, 256):
-            result[f"attention {label} D={width}"] = partial(_attention, dtype, width)
+            runs[f"attention {label} D={width}"] = partial(_attention, dtype, width)
     half = torch.bfloat16
     offsets = _empty(2, dtype=torch.int64)
     options: dict[str, dict[str, Any]] = {
@@ -196,14 +228,22 @@ def cases() -> dict[str, Callable[[], None]]:
     }
     for label, keywords in options.items():
         given = {"width": 64, **keywords}
-        result[f"attention bf16 {label}"] = partial(_attention, half, **given)
-    result["drift many small"] = partial(_drift, 256, 64, 16, 1024)
-    result["drift one large"] = partial(_drift, 1, 4096, 0, 512)
+        runs[f"attention bf16 {label}"] = partial(_attention, half, **given)
+    runs["drift many small"] = partial(_drift, 256, 64, 16, 1024)
+    runs["drift one large"] = partial(_drift, 1, 4096, 0, 512)
     for nodes, width in ((64, 16), (256, 64)):
-        result[f"trees N={nodes} D={width}"] = partial(_trees, nodes, width)
+        runs[f"trees N={nodes} D={width}"] = partial(_trees, nodes, width)
     for width in (16, 256):
-        result[f"chain D={width}"] = partial(_chain, width)
-    result["prior"] = partial(_prior, half)
+        runs[f"chain D={width}"] = partial(_chain, width)
+    runs["prior"] = partial(_prior, half)
+    result = {name: Case(run) for name, run in runs.items()}
+    for (name, size), classes in tuning.ATTENTION.items():
+        for width, tiles in classes.items() if size == 2 else ():
+            for tile in tiles[1:]:
+                label = (
+                    f"autotuned D={width} {name} {tile.rows}x{tile.columns}, {tile.stages} stages"
+                )
+                result[label] = Case(partial(_in_tile, name, width, tile), KERNELS[name])
     return result
 
 
@@ -213,11 +253,13 @@ def measure(names: list[str], architectures: list[int]) -> list[tuple[str, str, 
     known = cases()
     for name in names:
         with recorded() as launches:
-            known[name]()
+            known[name].run()
         seen = set()
         for launch in launches:
             kernel = launch.kernel.fn.__name__
             if kernel in seen:  # the same kernel again, for another tensor
+                continue
+            if known[name].kernel not in ("", kernel):
                 continue
             seen.add(kernel)
             usage = {arch: compiled(launch, arch) for arch in architectures}
