@@ -242,7 +242,7 @@ def verify_chain(
     dtype = torch.promote_types(draft.dtype, torch.float32)
     sample = torch.empty(batch, width, dtype=dtype, device=draft.device)
     if batch:
-        tile = chain_tile(width)
+        tile = chain_tile(batch, width)
         inputs = (draft, draft_mean, draft_std, target_mean, target_std)
         chain_kernel[(triton.cdiv(batch, tile.rows),)](
             *(x.contiguous() for x in inputs),

@@ -1,4 +1,4 @@
-"""Launchers of the drifting field; kernels in drift_kernels.py, algebra in docs/ops/drift.md."""
+"""Launchers of the drifting field; algebra in docs/ops/drift.md."""
 
 from __future__ import annotations
 
@@ -12,14 +12,8 @@ import triton
 from torch import Tensor
 
 from .. import _checks
-from .drift_kernels import (
-    centre_kernel,
-    column_kernel,
-    distance_kernel,
-    force_kernel,
-    mean_kernel,
-    normaliser_kernel,
-)
+from .drift_force_kernels import column_kernel, force_kernel, normaliser_kernel
+from .drift_kernels import centre_kernel, distance_kernel, mean_kernel
 from .elementary import check_dtype, check_like
 from .tuning import (
     DRIFT_CENTRE,

@@ -65,7 +65,7 @@ ATTENTION: dict[tuple[str, int], dict[int, Tiles]] = {
     },
     ("key_gradient", 2): {
         64: (Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)),
-        128: (Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)),
+        128: (Tile(32, 32, 4, 2), Tile(64, 64, 8, 2)),
         256: (Tile(32, 32, 8, 1),),
     },
     ("forward", 4): {
@@ -148,10 +148,11 @@ def tree_warps(lanes: int) -> int:
     return max(4, min(lanes // 32, 16))
 
 
-def chain_tile(width: int) -> Tile:
+def chain_tile(batch: int, width: int) -> Tile:
     """fp64 and rejection loops: few chains a program, so that the slowest keeps few others."""
-    if INTERPRETED:
-        return Tile(4096 if width <= 64 else 256, 16 if width <= 64 else 256)
+    if INTERPRETED:  # whose time is that of its programs, whatever they hold
+        rows, columns = (4096, 16) if width <= 64 else (256, 256)
+        return Tile(min(rows, 1 << (batch - 1).bit_length()), columns)
     return Tile(32, 16) if width <= 16 else Tile(4, 128)
 
 
