@@ -18,9 +18,12 @@ HEAD_ENTROPY = tl.constexpr(1)
 MAP_ENTROPY = tl.constexpr(2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Options:
     """What a kernel is compiled for; every field a ``tl.constexpr``.
+
+    Every launch looks its kernel up by these, so they are compared by identity; the compiler, which
+    keeps kernels on disk, goes by their text.
 
     Attributes:
         group: query heads per key head.
