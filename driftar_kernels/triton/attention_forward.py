@@ -182,7 +182,14 @@ def store_rows(at, there, state, results, units, OPTIONS: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["batch", "query_length", "key_length", "query_offset", "entropy_from", "split"]
+    do_not_specialize=[
+        "batch",
+        "query_length",
+        "key_length",
+        "query_offset",
+        "entropy_from",
+        "split",
+    ]
 )
 def forward_kernel(
     query,  # Matrix [B, Hq, Lq, D]

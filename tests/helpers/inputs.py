@@ -237,8 +237,8 @@ CASES: dict[str, AttentionCase] = {
     ),
     "everything": AttentionCase(
         batch=3,
-        heads=4,
-        kv_heads=2,
+        heads=size(4, 2),
+        kv_heads=size(2, 1),
         queries=size(33, 17),
         keys=size(70, 40),
         dim=24,
