@@ -48,7 +48,7 @@ ATTENTION_CASES = (
     "tree_lengths",
     "everything",
 )
-# What "map" changes about shapes and schemas it changes for every case; opcheck runs each ten times.
+# What "map" changes about shapes and schemas it changes alike for every case.
 MAP_CASES = ("plain", "gqa") if INTERPRETED else ATTENTION_CASES
 
 
