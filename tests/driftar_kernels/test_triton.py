@@ -140,16 +140,16 @@ def test_keys_are_split_only_where_rows_are_few() -> None:
 
 
 def test_kernels_compile_without_spills() -> None:
-    """A part of the resource report, in a process that compiles instead of interpreting."""
+    """The smallest part of the resource report, in a process that compiles instead of interpreting;
+    CI makes the rest for one architecture."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "driftar_kernels.triton.resources"]
-    for case, architectures in (("trees N=64", ["90"]), ("prior", ["80", "90", "100"])):
-        done = subprocess.run(
-            [*command, "--only", case, "--arch", *architectures],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "kernel" in done.stdout
+    done = subprocess.run(
+        [*command, "--only", "prior", "--arch", "80", "90", "100"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kernel" in done.stdout
