@@ -98,7 +98,9 @@ def attention(
     parents = None if tree is None else _tree_parents(tree, is_causal, query_offset)
     plain = attn_mask is None and key_lengths is None and parents is None
     if not (plain and type(query_offset) is int and _obviously_fit(query, key, value)):
-        _check(query, key, value, attn_mask, query_offset, key_lengths, parents, enable_gqa)
+        check_arguments(
+            query, key, value, attn_mask, query_offset, key_lengths, parents, enable_gqa
+        )
     _checks.choice("attention", "entropy", entropy, ENTROPY_KINDS)
     _checks.integral("attention", "entropy_from", entropy_from, minimum=0)
     if scale is None:
@@ -177,7 +179,7 @@ def _obviously_fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-def _check(
+def check_arguments(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -187,6 +189,7 @@ def _check(
     parents: Tensor | None,
     enable_gqa: bool,
 ) -> None:
+    """Everything that can be said without reading values; ``parents`` ``[1 | B, N]``."""
     op = "attention"
     for name, x in (("query", query), ("key", key), ("value", value)):
         _checks.tensor(op, name, x, rank=4)

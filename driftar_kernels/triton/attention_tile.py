@@ -1,8 +1,8 @@
-"""What the attention kernels share: rows, visibility, one tile of scores, online statistics.
+"""What the attention kernels share: rows, visibility, one tile of scores.
 
 A program's rows are query positions times the query heads of one key head, position-major: row r is
-position r // GROUP of head r % GROUP. Keys are then read once per group, and grouped heads add up
-their key gradients without atomics.
+position r // group of head r % group. Keys are then read once per group, and grouped heads add up
+their key gradients without atomics. The kernels of "map" take one head at a time (group 1).
 
 Scores are kept in raw units: `raw = sign(scale) <q, k>`, so that the largest raw score is the
 largest score, or natural ones where a float mask is added; `unit` is the natural size of one. The
@@ -11,211 +11,212 @@ maximum is subtracted before scaling, so that exp2(0) is exact however large the
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .elementary import dot, narrow
-
-LOG2E = tl.constexpr(1.4426950408889634)
-# In place of -inf once a maximum is subtracted: its exponential is 0, and so is 0 times it.
-FAR_BELOW = tl.constexpr(-1.0e30)
-NO_MASK = tl.constexpr(0)
-BOOL_MASK = tl.constexpr(1)
-FLOAT_MASK = tl.constexpr(2)
-NO_ENTROPY = tl.constexpr(0)
-HEAD_ENTROPY = tl.constexpr(1)
-MAP_ENTROPY = tl.constexpr(2)
+from .attention_arguments import BOOL_MASK, FLOAT_MASK, NO_MASK
+from .elementary import dot
 
 
-@triton.jit
-def load_rows(
-    base, row, there, row_stride, column_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Rows [R, BLOCK] of a matrix; zeros where not ``there`` and in the columns that pad."""
-    column = tl.arange(0, BLOCK)
-    at = (
-        base + row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
-    )
-    inside = there[:, None]
-    if WIDTH != BLOCK:
-        inside = inside & (column < WIDTH)[None, :]
-    return tl.load(at, mask=inside, other=0.0)
+class Sample(NamedTuple):
+    """One problem of the batch: keys before ``length`` are visible unless something hides them, a
+    tree's own lie between it and ``end``."""
+
+    index: Any
+    length: Any
+    end: Any
+    offset: Any
 
 
-@triton.jit
-def load_packed(
-    base,  # [GROUP heads, Lq, WIDTH]
-    row,  # [R] packed rows
-    there,
-    head_stride,
-    row_stride,
-    column_stride,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """As :func:`load_rows` for packed rows."""
-    column = tl.arange(0, BLOCK)
-    start = (row // GROUP).to(tl.int64) * row_stride + (row % GROUP).to(tl.int64) * head_stride
-    at = base + start[:, None] + column.to(tl.int64)[None, :] * column_stride
-    inside = there[:, None]
-    if WIDTH != BLOCK:
-        inside = inside & (column < WIDTH)[None, :]
-    return tl.load(at, mask=inside, other=0.0)
+class Rows(NamedTuple):
+    """The queries' side of a tile; every field ``[R]``."""
+
+    position: Any
+    head: Any
+    there: Any
+    at: Any  # index in [B, Hq, Lq]
+    bound: Any  # first key hidden by its position
+    mask: Any  # pointers
+    ancestors: Any  # pointers
+
+
+class Block(NamedTuple):
+    """Vectors ``[R, width]``, to be multiplied."""
+
+    at: Any  # [R] pointers
+    there: Any  # [R]
+    column: Any  # stride
+    tile: Any  # the vectors; ``there`` where products load them chunk by chunk
 
 
 @triton.jit
-def signed(queries, NEGATIVE: tl.constexpr):
-    """Queries with the sign of the scale."""
-    if NEGATIVE:
-        queries = narrow(-queries.to(tl.float32), queries.dtype)
-    return queries
+def load_sample(index, hiding, sizes, OPTIONS: tl.constexpr):
+    length = sizes.keys
+    if OPTIONS.lengths:
+        length = tl.load(hiding.key_lengths + index)
+    elif OPTIONS.tree:
+        length = sizes.keys - sizes.queries
+    offset = sizes.offset
+    if OPTIONS.offsets:
+        offset = tl.load(hiding.query_offsets + index)
+    end = length
+    if OPTIONS.tree:
+        end = length + sizes.queries
+    return Sample(index, length, end, offset)
 
 
 @triton.jit
-def key_bound(position, there, length, offset, CAUSAL: tl.constexpr, TREE: tl.constexpr):
-    """First key that each query position cannot see, whatever else hides keys before it; 0 where
-    not ``there``. It never decreases along the positions."""
-    bound = position * 0 + length
-    if CAUSAL:
-        bound = tl.minimum(bound, tl.maximum(position + offset + 1, 0))
-    if TREE:
+def locate_rows(row, first_head, sample, hiding, sizes, GROUP: tl.constexpr, OPTIONS: tl.constexpr):
+    """Packed rows of the heads from ``first_head`` on."""
+    there = row < sizes.queries * GROUP
+    position = row // GROUP
+    head = (first_head + row % GROUP).to(tl.int64)
+    at = (sample.index * sizes.key_heads * OPTIONS.group + head) * sizes.queries + position
+    # The bound never decreases along the positions.
+    bound = position * 0 + sample.length
+    if OPTIONS.causal:
+        bound = tl.minimum(bound, tl.maximum(position + sample.offset + 1, 0))
+    if OPTIONS.tree:
         bound = bound + position + 1
-    return tl.where(there, bound, 0)
+    bound = tl.where(there, bound, 0)
+    mask = row_pointers(hiding.mask, sample.index, head, position)
+    ancestors = hiding.ancestors + sample.index * hiding.tree_stride + position * hiding.words
+    return Rows(position, head, there, at, bound, mask, ancestors)
+
+
+@triton.jit
+def seen_by_all(first_position, sample, OPTIONS: tl.constexpr):
+    """Keys before this one are visible to every position from ``first_position`` on, unless a mask
+    hides them."""
+    end = sample.length
+    if OPTIONS.causal:
+        end = tl.minimum(end, tl.maximum(first_position + sample.offset + 1, 0))
+    return end
+
+
+@triton.jit
+def rows_that_see(start, sample, sizes, GROUP: tl.constexpr, OPTIONS: tl.constexpr):
+    """Packed rows [begin, full) may see some of a tile's keys from ``start`` on, and [full, end)
+    all of them."""
+    rows = sizes.queries * GROUP
+    begin = 0
+    full = 0
+    if OPTIONS.causal:
+        begin = tl.minimum(tl.maximum(start - sample.offset, 0), sizes.queries) * GROUP
+        last = start + OPTIONS.columns - 1
+        full = tl.minimum(tl.maximum(last - sample.offset, 0), sizes.queries) * GROUP
+    if OPTIONS.tree:
+        begin = tl.minimum(tl.maximum(start - sample.length, 0), sizes.queries) * GROUP
+    begin = tl.where(start < sample.end, begin // OPTIONS.rows * OPTIONS.rows, rows)
+    whole = start + OPTIONS.columns <= sample.length
+    full = tl.where(whole, tl.cdiv(full, OPTIONS.rows) * OPTIONS.rows, rows)
+    return begin, tl.minimum(tl.maximum(begin, full), rows), rows
+
+
+@triton.jit
+def row_pointers(matrix, sample, head, row):
+    start = sample * matrix.batch + tl.cast(head, tl.int64) * matrix.head
+    return matrix.data + start + row.to(tl.int64) * matrix.row
+
+
+@triton.jit
+def load_tile(at, there, stride, first, WIDTH: tl.constexpr, COUNT: tl.constexpr):
+    """Columns [first, first + COUNT) of rows: [R, COUNT]; zeros where not ``there`` and beyond
+    WIDTH."""
+    column = first + tl.arange(0, COUNT)
+    inside = there[:, None]
+    if WIDTH % COUNT != 0 or WIDTH == 0:
+        inside = inside & (column < WIDTH)[None, :]
+    return tl.load(at[:, None] + column.to(tl.int64)[None, :] * stride, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_block(
+    matrix, sample, head, row, there,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    at = row_pointers(matrix, sample, head, row)
+    tile = there
+    if CHUNK == 0:
+        tile = load_tile(at, there, matrix.column, 0, WIDTH, PADDED)
+    return Block(at, there, matrix.column, tile)
+
+
+@triton.jit
+def whole(block, WIDTH: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr):
+    """All of a block's vectors, [R, PADDED]."""
+    tile = block.tile
+    if CHUNK != 0:
+        tile = load_tile(block.at, block.there, block.column, 0, WIDTH, PADDED)
+    return tile
+
+
+@triton.jit
+def inner_products(a, b, WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T. Products without matrix units hold their operands in registers: by chunks they fit."""
+    if CHUNK == 0:
+        result = dot(a.tile, tl.trans(b.tile), None, PRECISION)
+    else:
+        result = tl.zeros([a.there.shape[0], b.there.shape[0]], tl.float32)
+        for first in range(0, WIDTH, CHUNK):
+            left = load_tile(a.at, a.there, a.column, first, WIDTH, CHUNK)
+            right = load_tile(b.at, b.there, b.column, first, WIDTH, CHUNK)
+            result = dot(left, tl.trans(right), result, PRECISION)
+    return result
 
 
 @triton.jit
 def score_tile(
-    a,
-    b,
-    column,  # key indices, along the keys' axis of the tile
-    bound,  # of key_bound, along the queries' axis
-    mask_rows,  # pointers to the queries' rows of the mask, likewise
-    mask_column,
-    ancestor_rows,  # pointers to the queries' rows of ancestor words, likewise
-    length,
-    score_scale,
-    MASK: tl.constexpr,
-    TREE: tl.constexpr,
+    queries,  # Block
+    keys,  # Block
+    rows,
+    column,  # [C]
+    sample,
+    hiding,
+    units,
     CHECKED: tl.constexpr,  # whether some query may not see some key by its position
-    PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr,  # [C, R] rather than [R, C]
+    OPTIONS: tl.constexpr,
 ):
-    """Scores a b^T, -inf where hidden. (a, b) is (queries, keys) or (keys, queries); hidden scores
-    are selected to -inf, never added to, so that NaN in a hidden key has no effect."""
-    scores = dot(a, tl.trans(b), None, PRECISION)
-    if CHECKED or MASK != NO_MASK:
-        visible = column < bound
-        if TREE and CHECKED:
-            node = column - length
-            word = tl.load(ancestor_rows + (node >> 5), mask=visible & (node >= 0), other=0)
+    """Scores, -inf where hidden. Hidden ones are selected to -inf, never added to, so that NaN in a
+    hidden key has no effect."""
+    first, second = queries, keys
+    if TRANSPOSED:
+        first, second = keys, queries
+    scores = inner_products(first, second, OPTIONS.width, OPTIONS.chunk, OPTIONS.precision)
+    if OPTIONS.negative:
+        scores = -scores
+    if CHECKED or OPTIONS.mask != NO_MASK:
+        key = of_keys(column, TRANSPOSED)
+        visible = key < of_rows(rows.bound, TRANSPOSED)
+        if OPTIONS.tree and CHECKED:
+            node = key - sample.length
+            word = of_rows(rows.ancestors, TRANSPOSED) + (node >> 5)
+            word = tl.load(word, mask=visible & (node >= 0), other=0)
             visible = visible & ((node < 0) | (((word >> (node & 31)) & 1) != 0))
-        if MASK == BOOL_MASK:
-            at = mask_rows + column.to(tl.int64) * mask_column
+        at = of_rows(rows.mask, TRANSPOSED) + key.to(tl.int64) * hiding.mask.column
+        if OPTIONS.mask == BOOL_MASK:
             visible = visible & (tl.load(at, mask=visible, other=0) != 0)
-        if MASK == FLOAT_MASK:
-            at = mask_rows + column.to(tl.int64) * mask_column
+        if OPTIONS.mask == FLOAT_MASK:
             bias = tl.load(at, mask=visible, other=float("-inf")).to(tl.float32)
             visible = visible & (bias != float("-inf"))
-            scores = scores * score_scale + bias
+            scores = scores * units.score + bias
         scores = tl.where(visible, scores, float("-inf"))
     return scores
 
 
 @triton.jit
-def raise_statistics(maximum, total, moment, scores, exponent):
-    """Absorbs a tile [R, C] of scores into the rows' maximum m, l = sum e, t = sum e (s - m) with
-    e = exp2(exponent (s - m)). Returns them, the tile of e and the factor by which sums weighted
-    with earlier e must shrink.
-
-    A row's maximum stays -inf until it sees a key; NaN scores reach the sums, not the maximum.
-    """
-    higher = tl.maximum(maximum, tl.max(scores, 1))
-    shift = tl.where(higher == float("-inf"), 0.0, higher)
-    drop = tl.where(maximum == float("-inf"), 0.0, tl.maximum(maximum - shift, FAR_BELOW))
-    factor = tl.exp2(drop * exponent)
-    below = tl.maximum(scores - shift[:, None], FAR_BELOW, propagate_nan=tl.PropagateNan.ALL)
-    exponential = tl.exp2(below * exponent)
-    moment = factor * (moment + drop * total) + tl.sum(exponential * below, 1)
-    total = factor * total + tl.sum(exponential, 1)
-    return higher, total, moment, exponential, factor
+def of_rows(x, TRANSPOSED: tl.constexpr):
+    """One number per query, beside a tile."""
+    return tl.expand_dims(x, 0 if TRANSPOSED else 1)
 
 
 @triton.jit
-def log_sum_exp(maximum, total, unit):
-    """Natural log-sum-exp; -inf for a row that saw nothing."""
-    seen = total != 0.0
-    return tl.where(seen, maximum * unit + tl.log(tl.where(seen, total, 1.0)), float("-inf"))
-
-
-@triton.jit
-def average_logarithm(
-    query,  # [Hq, Lq, WIDTH] of this sample
-    key,  # [Hkv, Lk, WIDTH]
-    mask,  # [Hq, Lq, Lk]
-    ancestors,  # [Lq, words]
-    entropy_lse,  # [Hq, Lq]
-    position,  # [R] query positions
-    bound,  # [R]
-    column,  # [C] keys
-    key_end,
-    length,
-    query_length,
-    query_heads,
-    query_head,
-    query_row,
-    query_column,
-    key_head,
-    key_row,
-    key_column,
-    mask_head,
-    mask_row,
-    mask_column,
-    words,
-    score_scale,
-    unit,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-    MASK: tl.constexpr,
-    TREE: tl.constexpr,
-    CHECKED: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    NEGATIVE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Logarithm of the head-averaged tile of exp(s - entropy_lse): [R, C], or [C, R] transposed."""
-    there = position < query_length
-    average = (position * 0.0)[:, None] + (column * 0.0)[None, :]
-    if TRANSPOSED:
-        average = tl.trans(average)
-    for head in range(0, query_heads):
-        keys = load_rows(
-            key + tl.cast(head // GROUP, tl.int64) * key_head, column, column < key_end, key_row,
-            key_column, WIDTH, BLOCK_WIDTH,
-        )  # fmt: skip
-        queries = load_rows(
-            query + tl.cast(head, tl.int64) * query_head, position, there, query_row, query_column,
-            WIDTH, BLOCK_WIDTH,
-        )  # fmt: skip
-        queries = signed(queries, NEGATIVE)
-        lse = load_lse(entropy_lse + head * query_length + position, there)
-        mask_rows = mask + tl.cast(head, tl.int64) * mask_head + position.to(tl.int64) * mask_row
-        ancestor_rows = ancestors + position * words
-        if TRANSPOSED:
-            scores = score_tile(
-                keys, queries, column[:, None], bound[None, :], mask_rows[None, :], mask_column,
-                ancestor_rows[None, :], length, score_scale, MASK, TREE, CHECKED, PRECISION,
-            )  # fmt: skip
-            average += tl.exp2((scores * unit - lse[None, :]) * LOG2E)
-        else:
-            scores = score_tile(
-                queries, keys, column[None, :], bound[:, None], mask_rows[:, None], mask_column,
-                ancestor_rows[:, None], length, score_scale, MASK, TREE, CHECKED, PRECISION,
-            )  # fmt: skip
-            average += tl.exp2((scores * unit - lse[:, None]) * LOG2E)
-    # Below the smallest normal number the share of the entropy is below rounding.
-    average = tl.maximum(average / query_heads, 1e-37, propagate_nan=tl.PropagateNan.ALL)
-    return tl.log(average)
+def of_keys(x, TRANSPOSED: tl.constexpr):
+    """One number per key, beside a tile."""
+    return tl.expand_dims(x, 1 if TRANSPOSED else 0)
 
 
 @triton.jit

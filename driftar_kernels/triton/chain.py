@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import _checks
 from ..reference.tree import MAX_PROPOSALS
-from .elementary import cosine_of_turns, expm1
+from .elementary import check_like, cosine_of_turns, expm1, is_finite
 from .tuning import chain_tile
 
 
@@ -60,11 +61,6 @@ def chi_squared(seed, stream, index, wanted, freedom):
         index += tl.where(searching, tl.where(positive, 3, 2), 0)
         searching = searching & (found == 0)
     return sample, index
-
-
-@triton.jit
-def is_finite(x):
-    return (x - x) == 0.0
 
 
 @triton.jit(do_not_specialize=["batch", "count"])
@@ -234,12 +230,19 @@ def verify_chain(
     seed: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`driftar_kernels.verify_chain`; seed int64 ``[1]``. Computes in fp64."""
+    op = "verify_chain"
+    _checks.tensor(op, "draft", draft, rank=3)
     batch, count, width = draft.shape
+    check_like(op, "draft_mean", draft_mean, (batch, count, width), "[B, K, D]", draft)
+    check_like(op, "draft_std", draft_std, (batch, count), "[B, K]", draft)
+    check_like(op, "target_mean", target_mean, (batch, count + 1, width), "[B, K + 1, D]", draft)
+    check_like(op, "target_std", target_std, (batch, count + 1), "[B, K + 1]", draft)
+    check_like(op, "seed", seed, (1,), "[1]", draft, torch.int64)
     length = torch.empty(batch, dtype=torch.int64, device=draft.device)
     dtype = torch.promote_types(draft.dtype, torch.float32)
     sample = torch.empty(batch, width, dtype=dtype, device=draft.device)
     if batch:
-        tile = chain_tile(width)
+        tile = chain_tile(batch, width)
         inputs = (draft, draft_mean, draft_std, target_mean, target_std)
         chain_kernel[(triton.cdiv(batch, tile.rows),)](
             *(x.contiguous() for x in inputs),

@@ -1,4 +1,4 @@
-"""Launchers of the drifting field; kernels in drift_kernels.py, algebra in docs/ops/drift.md."""
+"""Launchers of the drifting field; algebra in docs/ops/drift.md."""
 
 from __future__ import annotations
 
@@ -11,15 +11,10 @@ import torch
 import triton
 from torch import Tensor
 
-from .drift_kernels import (
-    centre_kernel,
-    column_kernel,
-    distance_kernel,
-    force_kernel,
-    mean_kernel,
-    normaliser_kernel,
-)
-from .elementary import check_dtype
+from .. import _checks
+from .drift_force_kernels import column_kernel, force_kernel, normaliser_kernel
+from .drift_kernels import centre_kernel, distance_kernel, mean_kernel
+from .elementary import check_dtype, check_like
 from .tuning import (
     DRIFT_CENTRE,
     DRIFT_DISTANCE,
@@ -40,8 +35,19 @@ class Problem:
     """
 
     def __init__(self, gen: Tensor, pos: Tensor, neg: Tensor | None, weight: Tensor) -> None:
-        check_dtype("drift_field", "gen", gen)
+        op = "drift_field"
+        check_dtype(op, "gen", gen)
+        _checks.tensor(op, "gen", gen, rank=3)
+        if gen.numel() == 0:
+            raise ValueError(f"{op}: gen must not be empty, got shape {list(gen.shape)}")
         self.batch, self.generated, self.features = gen.shape
+        for name, x in (("pos", pos), ("neg", neg)):
+            if x is not None:
+                _checks.tensor(op, name, x, rank=3)
+                expected = (self.batch, x.shape[1], self.features)
+                check_like(op, name, x, expected, "[B, points, S]", gen)
+        points = self.generated + pos.shape[1] + (0 if neg is None else neg.shape[1])
+        check_like(op, "weight", weight, (self.batch, points), "[B, M]", gen, torch.float32)
         self.positives, self.points = pos.shape[1], weight.shape[1]
         self.weight = weight.contiguous()
         self.centred = self.statistic(self.batch, self.points, self.features)
@@ -138,7 +144,14 @@ def drift_force(
     temperatures: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     """Raw force of each temperature ``[T, B, N, S]`` and its sum of squares ``[T]``."""
+    op = "drift_force"
     problem = Problem(gen, pos, neg, weight)
+    check_like(op, "scale", scale, (), "[]", gen, torch.float32)
+    if distances.numel():
+        expected = (problem.batch, problem.generated, problem.points)
+        check_like(op, "distances", distances, expected, "[B, N, M]", gen, torch.float32)
+    if not temperatures or min(temperatures) <= 0:
+        raise ValueError(f"{op}: temperatures must be > 0, got {list(temperatures)}")
     count = len(temperatures)
     inverse = _inverse(tuple(temperatures), gen.device)
     if distances.numel():

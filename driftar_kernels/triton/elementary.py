@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import _checks
 from ..backends import TRITON_INTERPRETED
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -20,6 +21,24 @@ def check_dtype(op: str, name: str, value: Tensor) -> None:
             f"{op}: {name} must be fp32, bf16 or fp16 on the triton backend, got {value.dtype}; "
             "use_backend('reference') takes it"
         )
+
+
+def check_like(
+    op: str,
+    name: str,
+    value: Tensor,
+    shape: tuple[int, ...],
+    meaning: str,
+    model: Tensor,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Shape, device of ``model`` and dtype (that of ``model``, unless given) of what a kernel reads
+    without further checks."""
+    _checks.shape(op, name, value, shape, meaning)
+    if value.dtype != (dtype or model.dtype):
+        raise TypeError(f"{op}: {name} must be {dtype or model.dtype}, got {value.dtype}")
+    if value.device != model.device:
+        raise ValueError(f"{op}: {name} must be on {model.device}, got {value.device}")
 
 
 # The interpreter multiplies the bits of bf16 numbers as integers, and truncates to bf16.
@@ -42,6 +61,16 @@ def narrow(x, dtype: tl.constexpr):
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, rounded, bits).to(tl.float32, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def is_finite(x):
+    if x.dtype == tl.bfloat16:  # by the exponent's bits, which need no wider copy
+        return (x.to(tl.int16, bitcast=True) & 0x7F80) != 0x7F80
+    elif x.dtype == tl.float16:
+        return (x.to(tl.int16, bitcast=True) & 0x7C00) != 0x7C00
+    else:
+        return (x - x) == 0.0
 
 
 @triton.jit

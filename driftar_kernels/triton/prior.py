@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementary import check_dtype, expm1, narrow
+from .elementary import check_dtype, check_like, expm1, narrow
 from .tuning import ELEMENTWISE
 
 
@@ -142,7 +142,9 @@ def entropy_to_sigma_backward(
     grad: Tensor, entropy: Tensor, sigma_max: float, tau: float, entropy_max: float
 ) -> Tensor:
     """Gradient of entropy; ``grad`` has the fp32 of sigma."""
-    check_dtype("entropy_to_sigma_backward", "entropy", entropy)
+    op = "entropy_to_sigma_backward"
+    check_dtype(op, "entropy", entropy)
+    check_like(op, "grad", grad, entropy.shape, "of entropy", entropy, torch.float32)
     grad_entropy = torch.empty(entropy.shape, dtype=entropy.dtype, device=entropy.device)
     count = entropy.numel()
     if count:
@@ -164,8 +166,11 @@ def entropy_prior(
     mean: Tensor, entropy: Tensor, noise: Tensor, sigma_max: float, tau: float, entropy_max: float
 ) -> Tensor:
     """See :func:`driftar_kernels.entropy_prior`."""
-    check_dtype("entropy_prior", "mean", mean)
-    check_dtype("entropy_prior", "entropy", entropy)
+    op = "entropy_prior"
+    check_dtype(op, "mean", mean)
+    check_dtype(op, "entropy", entropy)
+    check_like(op, "noise", noise, mean.shape, "[..., D]", mean)
+    check_like(op, "entropy", entropy, mean.shape[:-1], "[...]", mean, entropy.dtype)
     out = torch.empty(mean.shape, dtype=mean.dtype, device=mean.device)
     if out.numel():
         count = entropy.numel()
@@ -196,8 +201,11 @@ def entropy_prior_backward(
     need_noise: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of entropy and noise; empty where they are not needed."""
-    check_dtype("entropy_prior_backward", "grad", grad)
-    check_dtype("entropy_prior_backward", "entropy", entropy)
+    op = "entropy_prior_backward"
+    check_dtype(op, "grad", grad)
+    check_dtype(op, "entropy", entropy)
+    check_like(op, "noise", noise, grad.shape, "[..., D]", grad)
+    check_like(op, "entropy", entropy, grad.shape[:-1], "[...]", grad, entropy.dtype)
     device, none = grad.device, (0,)
     grad_entropy = torch.empty(
         entropy.shape if need_entropy else none, dtype=entropy.dtype, device=device

@@ -12,26 +12,20 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from . import attention, chain, drift, prior, tree
+from .resource_cases import cases
 
 ARCHITECTURES = {80: 163, 90: 227, 100: 227}  # KiB of shared memory that one program may take
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Without matrix units (fp32 in full precision) operands of wide heads do not fit into registers.
-TOLERATED = ("attention fp32 D=128", "attention fp32 D=256")
 REPORT = Path("benchmarks/results/triton_resources.md")
 
 
@@ -107,119 +101,19 @@ def compiled(launch: Launch, architecture: int) -> Usage:
     )
 
 
-def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _attention(dtype: torch.dtype, width: int, entropy: str = "head", **options: Any) -> None:
-    """Forward and backward at L = 4096, 8 heads on 4, causal."""
-    length = options.pop("queries", 4096)
-    query = _empty(2, 8, length, width, dtype=dtype)
-    key, value = (_empty(2, 4, 4096, width, dtype=dtype) for _ in range(2))
-    arguments: dict[str, Any] = {
-        "attn_mask": None,
-        "query_offsets": None,
-        "key_lengths": None,
-        "parents": None,
-        "query_offset": 0,
-        "scale": 0.125,
-        "is_causal": True,
-        "entropy": entropy,
-        "entropy_from": 0,
-        **options,
-    }
-    out, row_entropy, lse, _, entropy_lse, cross, norm = attention.attention_forward(
-        query, key, value, normalize=True, **arguments
-    )
-    attention.attention_backward(
-        _empty(*out.shape, dtype=dtype), row_entropy, lse, query, key, value,
-        out=out, lse=lse, entropy_lse=entropy_lse, entropy_cross=cross, entropy_norm=norm,
-        **arguments,
-    )  # fmt: skip
-
-
-def _drift(batch: int, count: int, negatives: int, features: int) -> None:
-    gen, pos = (_empty(batch, count, features) for _ in range(2))
-    neg = _empty(batch, negatives, features) if negatives else None
-    weight = _empty(batch, 2 * count + negatives)
-    keep = batch > 1
-    distances, sums = drift.drift_distances(gen, pos, neg, weight, keep)
-    drift.drift_force(gen, pos, neg, weight, distances, sums[0], [0.02, 0.05, 0.2])
-
-
-def _trees(nodes: int, width: int) -> None:
-    parents, draft = _empty(8, nodes, dtype=torch.int64), _empty(8, nodes, width)
-    verdict = tree.verify_tree(parents, draft, draft, 0.1, nodes)
-    tree.walk_tree(parents, _empty(8, nodes, dtype=torch.bool), nodes)
-    cache = _empty(8, 4, 4096, 64, dtype=torch.bfloat16)
-    lengths = _empty(8, dtype=torch.int64)
-    tree.commit_path(cache, cache, lengths, verdict[1], verdict[0])
-
-
-def _chain(width: int) -> None:
-    draft, target = _empty(8, 4, width), _empty(8, 5, width)
-    seed = _empty(1, dtype=torch.int64)
-    chain.verify_chain(draft, draft, draft[..., 0], target, target[..., 0], seed)
-
-
-def _prior(dtype: torch.dtype) -> None:
-    mean, entropy = _empty(64, 256, 16, dtype=dtype), _empty(64, 256)
-    settings = (0.5, 2.0, 1.0)
-    sigma = prior.entropy_to_sigma(entropy, *settings)
-    prior.entropy_to_sigma_backward(sigma, entropy, *settings)
-    prior.entropy_prior(mean, entropy, mean, *settings)
-    prior.entropy_prior_backward(mean, entropy, mean, *settings, True, True)
-
-
-def cases() -> dict[str, Callable[[], None]]:
-    """What is compiled: every head-dimension class and dtype, and every option once."""
-    result: dict[str, Callable[[], None]] = {}
-    for label, dtype in DTYPES.items():
-        for width in (64, 128, 256):
-            result[f"attention {label} D={width}"] = partial(_attention, dtype, width)
-    half = torch.bfloat16
-    offsets = _empty(2, dtype=torch.int64)
-    options: dict[str, dict[str, Any]] = {
-        "D=72": {"width": 72},
-        "full": {"is_causal": False},
-        "no entropy": {"entropy": "none"},
-        "map": {"entropy": "map"},
-        "entropy_from": {"entropy_from": 16},
-        "bool mask": {"is_causal": False, "attn_mask": _empty(4096, 4096, dtype=torch.bool)},
-        "float mask": {"is_causal": False, "attn_mask": _empty(4096, 4096, dtype=half)},
-        "cache": {"query_offsets": offsets, "key_lengths": offsets},
-        "tree": {
-            "is_causal": False,
-            "queries": 64,
-            "parents": _empty(1, 64, dtype=torch.int64),
-            "key_lengths": offsets,
-        },
-        "decode": {"queries": 1, "query_offset": 4095, "key_lengths": offsets},
-    }
-    for label, keywords in options.items():
-        given = {"width": 64, **keywords}
-        result[f"attention bf16 {label}"] = partial(_attention, half, **given)
-    result["drift many small"] = partial(_drift, 256, 64, 16, 1024)
-    result["drift one large"] = partial(_drift, 1, 4096, 0, 512)
-    for nodes, width in ((64, 16), (256, 64)):
-        result[f"trees N={nodes} D={width}"] = partial(_trees, nodes, width)
-    for width in (16, 256):
-        result[f"chain D={width}"] = partial(_chain, width)
-    result["prior"] = partial(_prior, half)
-    return result
-
-
 def measure(names: list[str], architectures: list[int]) -> list[tuple[str, str, dict[int, Usage]]]:
     """(case, kernel, usage by architecture) of every launch of the named cases."""
     rows = []
     known = cases()
     for name in names:
         with recorded() as launches:
-            known[name]()
+            known[name].run()
         seen = set()
         for launch in launches:
             kernel = launch.kernel.fn.__name__
             if kernel in seen:  # the same kernel again, for another tensor
+                continue
+            if known[name].kernel not in ("", kernel):
                 continue
             seen.add(kernel)
             usage = {arch: compiled(launch, arch) for arch in architectures}
@@ -243,12 +137,12 @@ def table(rows: list[tuple[str, str, dict[int, Usage]]]) -> str:
 
 
 def problems(rows: list[tuple[str, str, dict[int, Usage]]]) -> list[str]:
-    """What spills, but for the tolerated cases, or does not fit."""
+    """What spills or does not fit."""
     found = []
     for name, kernel, usage in rows:
         for arch, use in usage.items():
             where = f"{name}, {kernel}, sm_{arch}"
-            if use.spilled and name not in TOLERATED:
+            if use.spilled:
                 found.append(f"{where}: {use.spilled} bytes spilled per thread")
             if use.shared > ARCHITECTURES[arch] * 1024:
                 found.append(f"{where}: {use.shared} bytes of shared memory do not fit")
@@ -271,9 +165,7 @@ def main() -> int:
         "Registers per thread / KiB of shared memory per program / bytes spilled per thread, as "
         f"compiled by Triton {triton.__version__}.\n"
         "Made by `python -m driftar_kernels.triton.resources --output "
-        f"{REPORT}`; no GPU is needed.\n"
-        "fp32 in full precision has no matrix units; beyond D = 64 its operands do not fit into "
-        f"registers, and these cases alone may spill.\n\n{table(rows)}\n"
+        f"{REPORT}`; no GPU is needed.\n\n{table(rows)}\n"
     )
     print(report)
     if arguments.output:

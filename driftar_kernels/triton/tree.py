@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementary import check_dtype
+from .. import _checks
+from .elementary import check_dtype, check_like
 from .tuning import COMMIT_COLUMNS, TREE_COLUMNS, tree_warps
 
 
@@ -160,6 +161,17 @@ def commit_kernel(
         tl.store(base + target * row_stride, value, mask=moves)
 
 
+def _check_parents(op: str, parents: Tensor, max_depth: int, nodes: Tensor) -> Tensor:
+    """``parents`` int64, of as many nodes as ``nodes`` ``[B, N, ...]`` has."""
+    _checks.tensor(op, "parents", parents, rank=2)
+    _checks.integer(op, "parents", parents)
+    _checks.integral(op, "max_depth", max_depth, minimum=0)
+    batch = parents.shape[0] if parents.shape[0] == 1 else nodes.shape[0]
+    _checks.shape(op, "parents", parents, (batch, nodes.shape[1]), "[1 | B, N]")
+    _checks.same_device(op, parents=parents, nodes=nodes)
+    return parents.to(torch.int64).contiguous()
+
+
 def _verdict(batch: int, max_depth: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     length, node = (torch.empty(batch, dtype=torch.int64, device=device) for _ in range(2))
     path = torch.empty(batch, max_depth, dtype=torch.int64, device=device)
@@ -182,11 +194,15 @@ def _tree_stride(parents: Tensor) -> int:
 
 def walk_tree(parents: Tensor, accept: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`driftar_kernels.walk_tree`; parents int64 ``[1 | B, N]``, accept ``[B, N]``."""
+    op = "walk_tree"
+    _checks.tensor(op, "accept", accept, rank=2)
     batch, nodes = accept.shape
+    check_like(op, "accept", accept, (batch, nodes), "[B, N]", accept, torch.bool)
+    parents = _check_parents(op, parents, max_depth, accept)
     result = _verdict(batch, max_depth, accept.device)
     if batch:
         walk_kernel[(batch,)](
-            parents.contiguous(),
+            parents,
             accept.contiguous().view(torch.int8),
             *result,
             _tree_stride(parents),
@@ -201,12 +217,16 @@ def verify_tree(
     parents: Tensor, draft: Tensor, target: Tensor, tolerance: float, max_depth: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`driftar_kernels.verify_tree`; one launch."""
-    check_dtype("verify_tree", "draft", draft)
+    op = "verify_tree"
+    check_dtype(op, "draft", draft)
+    _checks.tensor(op, "draft", draft, rank=3)
     batch, nodes, width = draft.shape
+    check_like(op, "target", target, (batch, nodes, width), "[B, N, D]", draft)
+    parents = _check_parents(op, parents, max_depth, draft)
     result = _verdict(batch, max_depth, draft.device)
     if batch:
         verify_kernel[(batch,)](
-            parents.contiguous(),
+            parents,
             draft.contiguous(),
             target.contiguous(),
             *result,
@@ -225,15 +245,29 @@ def commit_path(
     key_cache: Tensor, value_cache: Tensor, key_lengths: Tensor, path: Tensor, length: Tensor
 ) -> Tensor:
     """See :func:`driftar_kernels.commit_path`; paths that leave the cache move nothing."""
-    prefix, steps = key_lengths.to(torch.int64).contiguous(), length.contiguous()
+    op = "commit_path"
+    _checks.tensor(op, "key_cache", key_cache, rank=4)
+    _checks.tensor(op, "value_cache", value_cache, rank=4)
+    _checks.tensor(op, "path", path, rank=2)
+    batch, heads, capacity, _ = key_cache.shape
+    expected = (batch, heads, capacity, value_cache.shape[3])
+    _checks.shape(op, "value_cache", value_cache, expected, "[B, Hkv, Lmax, Dv]")
+    _checks.shape(op, "path", path, (batch, path.shape[1]), "[B, max_depth]")
+    for name, x in (("key_lengths", key_lengths), ("length", length)):
+        _checks.shape(op, name, x, (batch,), "[B]")
+    indices = {"key_lengths": key_lengths, "path": path, "length": length}
+    for name, x in indices.items():
+        _checks.integer(op, name, x)
+    _checks.same_device(op, key_cache=key_cache, value_cache=value_cache, **indices)
+    prefix, path, steps = (x.to(torch.int64).contiguous() for x in (key_lengths, path, length))
     for cache in (key_cache, value_cache):
         if cache.numel() == 0:
             continue
-        batch, heads, capacity, width = cache.shape
+        width = cache.shape[3]
         commit_kernel[(batch * heads, triton.cdiv(width, COMMIT_COLUMNS))](
             cache,
             prefix,
-            path.contiguous(),
+            path,
             steps,
             heads,
             capacity,

@@ -93,7 +93,7 @@ def test_all_points_equal(backend: str, batch: int, count: int) -> None:
 @pytest.mark.parametrize("noise", [1.0, 0.1, 1e-3])
 def test_forces_that_nearly_cancel(backend: str, noise: float) -> None:
     """Many features and few points: norms come from inner products unless these cancel."""
-    gen, _, neg, _ = drift_inputs(MANY, 24, 24, 5, size(700, 130))
+    gen, _, neg, _ = drift_inputs(MANY, 24, 24, 5, size(700, 70))
     assert neg is not None
     pos = gen + noise * normal(*gen.shape, seed=9)
     for weight in (1.0, 0.0):

@@ -36,7 +36,7 @@ def test_every_operator_runs_its_kernels() -> None:
 
 @given(parents=parent_lists(70))
 def test_ancestors_are_packed(parents: list[int]) -> None:
-    from driftar_kernels.triton.attention import pack_ancestors
+    from driftar_kernels.triton.attention_problem import pack_ancestors
 
     tree = dk.DraftTree(parents)
     bits = pack_ancestors(tree.parents)
@@ -117,7 +117,7 @@ def test_wide_heads_are_refused_with_the_limit() -> None:
     ("asked", "expected"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")]
 )
 def test_precision_follows_pytorch(asked: str, expected: str) -> None:
-    from driftar_kernels.triton.attention import precision
+    from driftar_kernels.triton.attention_problem import precision
 
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(asked)
@@ -140,16 +140,16 @@ def test_keys_are_split_only_where_rows_are_few() -> None:
 
 
 def test_kernels_compile_without_spills() -> None:
-    """A part of the resource report, in a process that compiles instead of interpreting."""
+    """The smallest part of the resource report, in a process that compiles instead of interpreting;
+    CI makes the rest for one architecture."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "driftar_kernels.triton.resources"]
-    for case in ("trees N=64", "prior"):
-        done = subprocess.run(
-            [*command, "--only", case, "--arch", "80", "90", "100"],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "kernel" in done.stdout
+    done = subprocess.run(
+        [*command, "--only", "prior", "--arch", "80", "90", "100"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kernel" in done.stdout

@@ -198,8 +198,8 @@ CASES: dict[str, AttentionCase] = {
         batch=2,
         heads=size(2, 1),
         kv_heads=1,
-        queries=size(256, 136),
-        keys=size(300, 180),
+        queries=size(256, 72),
+        keys=size(300, 120),
         options=lambda c, s: {
             "parents": random_parents(c.queries, batch=2, seed=s, depth=70),
             "key_lengths": torch.tensor([44, 17]),
@@ -237,8 +237,8 @@ CASES: dict[str, AttentionCase] = {
     ),
     "everything": AttentionCase(
         batch=3,
-        heads=4,
-        kv_heads=2,
+        heads=size(4, 2),
+        kv_heads=size(2, 1),
         queries=size(33, 17),
         keys=size(70, 40),
         dim=24,
