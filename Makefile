@@ -51,7 +51,7 @@ $(VENV)/.triton: $(VENV)/.ready
 	@touch $@
 
 test-triton: $(VENV)/.triton
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/driftar_kernels tests/benchmarks -k triton
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/driftar_kernels tests/benchmarks -k triton
 
 test-all: $(VENV)/.ready
 	$(BIN)/python -m pytest
