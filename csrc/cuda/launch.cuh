@@ -21,7 +21,9 @@ constexpr unsigned kWholeWarp = 0xffffffffu;
 
 // Blocks of `size` that cover `count`; fits grid.x, the only dimension of a grid without a small
 // limit.
-constexpr int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+__host__ __device__ constexpr int64_t blocks_of(int64_t count, int64_t size) {
+  return (count + size - 1) / size;
+}
 
 // kernel(call) on `stream`; does nothing for an empty grid.
 template <typename Call>

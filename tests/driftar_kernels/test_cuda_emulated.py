@@ -14,9 +14,9 @@ from torch import Tensor
 
 import driftar_kernels as dk
 from tests.helpers.emulator import EMULATED, library
-from tests.helpers.inputs import chain, generator, normal, random_parents
+from tests.helpers.inputs import chain, drift_inputs, generator, normal, random_parents
 from tests.helpers.targets import require_backend
-from tests.helpers.tolerance import assert_bitwise
+from tests.helpers.tolerance import assert_bitwise, assert_relative
 
 if not EMULATED:
     pytest.skip("DRIFTAR_CUDA_EMULATED=1 tests the CUDA kernels", allow_module_level=True)
@@ -94,6 +94,7 @@ def test_results_do_not_depend_on_the_order_of_threads() -> None:
     draft, target = normal(3, 70, 9, seed=2), normal(3, 70, 9, seed=3)
     inputs = chain([0.0, 0.2], [1.0, 0.8], [0.7, 0.0, 1.0], [0.9, 1.0, 0.5], dim=5, batch=50)
     entropy, mean = torch.rand(30), normal(30, 7, seed=4)
+    gen, pos, neg, weights = drift_inputs(2, 70, 30, 5, 40, weighted=True)
     results = []
     for order in ORDERS.values():
         library().driftar_emulator_order(order)
@@ -102,6 +103,7 @@ def test_results_do_not_depend_on_the_order_of_threads() -> None:
                 *dk.verify_tree(tree, draft, target, tolerance=4.0),
                 *dk.verify_chain(*inputs, generator=generator(3)),
                 dk.entropy_prior(mean, entropy, mean),
+                *dk.drift_field(gen, pos, neg, **weights),
             ]
         )
     assert_bitwise(results[0], results[1])
@@ -114,6 +116,16 @@ def test_chains_draw_the_numbers_of_the_reference_stream() -> None:
     whole = dk.verify_chain(*inputs, generator=generator(3))
     start = dk.verify_chain(*(x[:7] for x in inputs), generator=generator(3))
     assert_bitwise([whole.length[:7], whole.next_sample[:7]], start)
+
+
+def test_panels_of_distances_equal_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distances that are computed again for every pass, a tile of rows at a time."""
+    gen, pos, neg, weights = drift_inputs(2, 140, 30, 5, 12, weighted=True)
+    whole = dk.drift_field(gen, pos, neg, **weights)
+    monkeypatch.setattr(dk.drift, "MAX_KEPT", 0)
+    panels = dk.drift_field(gen, pos, neg, **weights)
+    for left, right in zip(whole, panels, strict=True):
+        assert_relative(left, right.double(), 1e-6)
 
 
 def test_trees_have_a_largest_size() -> None:

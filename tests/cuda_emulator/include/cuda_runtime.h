@@ -39,6 +39,12 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : driftar::emulator::fault_message();
 }
 
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 4;  // few, so that small tests meet one split of the keys and several
+  return cudaSuccess;
+}
+
 inline void __syncthreads(std::source_location where = std::source_location::current()) {
   driftar::emulator::block_barrier(where);
 }
