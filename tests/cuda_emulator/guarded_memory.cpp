@@ -8,7 +8,9 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <mutex>
 #include <new>
+#include <unordered_map>
 
 namespace {
 
@@ -19,10 +21,18 @@ struct Mapping {
   size_t bytes;
 };
 
-void release(void* context) {
-  auto* mapping = static_cast<Mapping*>(context);
-  munmap(mapping->base, mapping->bytes);
-  delete mapping;
+// PyTorch wants data pointers that are their own context.
+std::mutex mutex;
+std::unordered_map<void*, Mapping>& mappings() {
+  static auto* const all = new std::unordered_map<void*, Mapping>;  // outlives every tensor
+  return *all;
+}
+
+void release(void* data) {
+  const std::lock_guard lock(mutex);
+  const auto found = mappings().find(data);
+  munmap(found->second.base, found->second.bytes);
+  mappings().erase(found);
 }
 
 class GuardedAllocator final : public c10::Allocator {
@@ -36,8 +46,13 @@ class GuardedAllocator final : public c10::Allocator {
     if (base == MAP_FAILED) throw std::bad_alloc();
     char* end = static_cast<char*>(base) + body;
     mprotect(end, page, PROT_NONE);
-    return {end - padded, new Mapping{base, body + page}, &release, c10::Device(c10::kCPU)};
+    void* data = end - padded;
+    const std::lock_guard lock(mutex);
+    mappings()[data] = {base, body + page};
+    return {data, data, &release, c10::Device(c10::kCPU)};
   }
+
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
 
   void copy_data(void* target, const void* source, size_t count) const override {
     std::memcpy(target, source, count);

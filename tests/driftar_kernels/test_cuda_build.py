@@ -14,7 +14,7 @@ import torch
 from benchmarks import cuda_resources
 
 ROOT = Path(__file__).resolve().parents[2]
-OPERATORS = ("tree", "chain", "commit", "prior", "drift")
+OPERATORS = ("tree", "chain", "commit", "prior", "drift", "attention")
 BINDINGS = sorted((ROOT / "csrc/cuda").glob("*.cpp"))
 TORCH = Path(torch.__file__).parent / "include"
 

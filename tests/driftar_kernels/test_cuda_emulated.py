@@ -148,3 +148,45 @@ def test_caches_of_two_widths(width: int) -> None:
         assert torch.equal(moved[0, :, 4:7], cache[0, :, [5, 6, 9]])
         assert torch.equal(moved[1, :, 6:8], cache[1, :, [6, 10]])
         assert torch.equal(moved[:, :, :4], cache[:, :, :4])
+
+
+@pytest.mark.parametrize("blocks", [1, 7, 264, 1000])
+@pytest.mark.parametrize("keys", [0, 1, 64, 257, 4096, 100_000])
+def test_splits_cover_the_keys(blocks: int, keys: int) -> None:
+    each = ctypes.c_int()
+    plan = library().driftar_plan_splits
+    splits = plan(ctypes.c_int64(blocks), ctypes.c_int64(keys), 64, 132, ctypes.byref(each))
+    assert each.value % 64 == 0 and splits * each.value >= keys
+    assert (splits - 1) * each.value < max(keys, 1)
+    if blocks >= 264 or keys < 512:
+        assert splits == 1  # the queries fill the device, or there is nothing to split
+    if blocks == 1 and keys == 100_000:
+        assert splits > 32
+
+
+def test_heads_are_padded() -> None:
+    widths = {1: 64, 64: 64, 65: 128, 80: 128, 128: 128, 129: 256, 256: 256}
+    assert {width: library().driftar_plan_width(width) for width in widths} == widths
+
+
+def test_caches_move_in_the_widest_units() -> None:
+    def unit(address: int, width: int, element: int, row: int, column: int) -> int:
+        sizes = (address, width, element, row, column)
+        found: int = library().driftar_plan_copy_unit(*map(ctypes.c_int64, sizes))
+        return found
+
+    assert unit(4096, 128, 2, 128, 2) == 16
+    assert unit(4096 + 8, 128, 2, 128, 2) == 8  # the address
+    assert unit(4096, 12, 4, 128, 4) == 4  # the width
+    assert unit(4096, 128, 2, 130, 2) == 2  # the rows
+    assert unit(4096, 128, 2, 128, 4) == 2  # apart
+
+
+def test_panels_are_whole_tiles() -> None:
+    def rows(*sizes: int) -> int:
+        found: int = library().driftar_plan_panel(*map(ctypes.c_int64, sizes))
+        return found
+
+    assert rows(1, 8000, 16000, 1 << 24) == 1024
+    assert rows(1, 100, 200, 1 << 24) == 100
+    assert rows(64, 1000, 1 << 20, 1 << 24) == 64
