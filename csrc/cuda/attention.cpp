@@ -197,7 +197,8 @@ ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Te
     entropy_out.zero_(), entropy_norm.zero_();  // a map of no heads has entropy 0
     return result;
   }
-  AttentionForward call{shape};
+  AttentionForward call{};
+  static_cast<AttentionShape&>(call) = shape;
   call.normalize = normalize;
   call.out = out.mutable_data_ptr();
   call.lse = floats(lse), call.max_score = floats(max_score);
@@ -268,7 +269,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
                saved_entropy_lse = entropy_lse.contiguous(),
                saved_cross = entropy_cross.contiguous(), lse_weight = grad_lse.contiguous();
   const Tensor delta = at::empty(rows, lse.options());
-  AttentionBackward call{shape};
+  AttentionBackward call{};
+  static_cast<AttentionShape&>(call) = shape;
   call.grad_out = operand_of(grad_out);
   call.out = saved_out.const_data_ptr();
   call.lse = saved_lse.const_data_ptr<float>(), call.grad_lse = lse_weight.const_data_ptr<float>();

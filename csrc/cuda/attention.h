@@ -90,7 +90,7 @@ inline int padded_width(int width) { return width <= 64 ? 64 : width <= 128 ? 12
 
 // Keys of a tile: as many as registers and shared memory allow; `bytes` of an element.
 __host__ __device__ constexpr int key_columns(int padded, int bytes) {
-  return bytes == 4 ? (padded <= 64 ? 32 : 16) : padded <= 128 ? 64 : 16;
+  return bytes == 4 || padded > 128 ? 16 : 64;
 }
 
 inline int64_t query_blocks(const AttentionShape& shape) {

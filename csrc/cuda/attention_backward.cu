@@ -10,7 +10,7 @@ namespace {
 // Rows that stream past a block's 64: as many as registers and shared memory allow; `bytes` of an
 // element.
 __host__ __device__ constexpr int streamed(int width, int bytes) {
-  return bytes == 4 ? 2048 / width : width <= 128 ? 32 : 16;
+  return (width > 128 ? 16 : 32) / (bytes / 2);
 }
 
 template <typename T, int width>
