@@ -13,11 +13,11 @@ SEED ?= 0
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-triton test-all bench lint format seeds clean help
+.PHONY: demo test test-triton test-cuda test-all bench lint format seeds clean help
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
-	@echo "targets: demo test test-triton test-all bench lint format seeds clean"
+	@echo "targets: demo test test-triton test-cuda test-all bench lint format seeds clean"
 
 # A PyTorch that is already in the environment is kept.
 $(VENV)/.torch:
@@ -52,6 +52,10 @@ $(VENV)/.triton: $(VENV)/.ready
 
 test-triton: $(VENV)/.triton
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/driftar_kernels tests/benchmarks -k triton
+
+# The CUDA kernels on an emulator; where nvcc exists it also compiles them for GPUs.
+test-cuda: $(VENV)/.ready
+	DRIFTAR_CUDA_EMULATED=1 $(BIN)/python -m pytest -q tests/driftar_kernels -k cuda
 
 test-all: $(VENV)/.ready
 	$(BIN)/python -m pytest

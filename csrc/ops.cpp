@@ -75,6 +75,11 @@ pybind11::dict build_info() {
   info["compiler"] = DRIFTAR_COMPILER;
   info["instruction_sets"] = built;
   info["active_instruction_set"] = driftar::cpu::isa_name(driftar::cpu::active_isa());
+#ifdef DRIFTAR_CUDA_ARCHITECTURES
+  info["cuda_architectures"] = DRIFTAR_CUDA_ARCHITECTURES;
+#else
+  info["cuda_architectures"] = "";
+#endif
   info["problem"] = driftar::cpu::isa_problem();
   return info;
 }

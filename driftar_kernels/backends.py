@@ -52,7 +52,11 @@ def _cpu_missing() -> str | None:
 def _cuda_missing() -> str | None:
     if _library.native_error is not None:
         return _library.native_error
-    return "this build contains no CUDA kernels"
+    if not _library.build_info.get("cuda_architectures"):
+        return "this build contains no CUDA kernels"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    return None
 
 
 # Both are settled before the first call, so that torch.compile sees constants.

@@ -176,7 +176,7 @@ def _field(
         sums = _all_reduce(sums, group)
         scale = sums[0] / sums[1].clamp(min=torch.finfo(sums.dtype).tiny)
         points = (gen, pos, neg, weight)
-        if backend == "cpu" and _many_small(gen, weight):
+        if backend in ("cpu", "cuda") and _many_small(gen, weight):
             # A second look at the points costs less than the raw forces' way through memory.
             forces = (*points, distances, scale, values)
             squares, balances = _library.native("drift_squares")(*forces)

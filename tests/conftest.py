@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import driftar_kernels
+from tests.helpers.emulator import EMULATED, take_over
 from tests.helpers.interpreter import INTERPRETED, hasten
 from tests.helpers.targets import BACKEND_DEVICES, require_backend
 
@@ -30,6 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
     if INTERPRETED and "triton" in driftar_kernels.available_backends():
         hasten()
+    if EMULATED:
+        take_over()
 
 
 @pytest.fixture(autouse=True)

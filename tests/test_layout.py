@@ -14,6 +14,8 @@ ROOMS = (
     "driftar_kernels/reference/{op}.py",
     "csrc/cpu/{op}.h",
     "csrc/cpu/{op}.cpp",
+    "csrc/cuda/{op}.h",
+    "csrc/cuda/{op}.cpp",
     "driftar_kernels/triton/{op}.py",
     "docs/ops/{op}.md",
     "tests/driftar_kernels/test_{op}.py",
@@ -30,18 +32,21 @@ def test_room_has_operator(op: str, room: str) -> None:
 @pytest.mark.parametrize("op", OPERATORS)
 def test_operator_has_kernel(op: str) -> None:
     assert list((ROOT / "csrc/cpu").glob(f"{op}*_kernel.cpp"))
+    assert list((ROOT / "csrc/cuda").glob(f"{op}*.cu"))
 
 
 def test_every_source_is_built() -> None:
-    listed = set(re.findall(r"csrc/\S+\.cpp", (ROOT / "CMakeLists.txt").read_text()))
-    existing = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")}
+    listed = set(re.findall(r"csrc/\S+\.(?:cpp|cu)\b", (ROOT / "CMakeLists.txt").read_text()))
+    sources = [path for kind in ("*.cpp", "*.cu") for path in (ROOT / "csrc").rglob(kind)]
+    existing = {str(path.relative_to(ROOT)) for path in sources}
     assert listed == existing
 
 
-def test_every_schema_is_implemented() -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_schema_is_implemented(device: str) -> None:
     text = (ROOT / "csrc/ops.cpp").read_text()
     schemas = set(re.findall(r'def\(\s*"(\w+)\(', text))
-    bindings = "".join(path.read_text() for path in (ROOT / "csrc/cpu").glob("*.cpp"))
+    bindings = "".join(path.read_text() for path in (ROOT / "csrc" / device).glob("*.cpp"))
     assert schemas == set(re.findall(r'library\.impl\("(\w+)"', bindings))
     assert schemas
 
@@ -51,6 +56,9 @@ def test_kernels_stay_free_of_torch() -> None:
     for path in (ROOT / "csrc").rglob("*_kernel.cpp"):
         torch_includes = re.findall(r"#include <(?:ATen|torch|c10)/[^>]*>", path.read_text())
         assert all(allowed.match(line) for line in torch_includes), path
+    for path in (ROOT / "csrc/cuda").iterdir():
+        if path.suffix in (".cu", ".cuh"):
+            assert not re.search(r"#include <(?:ATen|torch|c10)/", path.read_text()), path
 
 
 def test_kernels_package_does_not_know_the_models() -> None:

@@ -18,18 +18,33 @@ namespace {
 
 class Philox {
  public:
-  DRIFTAR_PHILOX_DEVICE Philox(uint64_t seed, uint64_t stream) : seed_(seed), stream_(stream) {}
+  // As if `drawn` uniform numbers had been taken already.
+  DRIFTAR_PHILOX_DEVICE Philox(uint64_t seed, uint64_t stream, uint64_t drawn = 0)
+      : seed_(seed), stream_(stream), drawn_(drawn) {
+    if (drawn % 2 == 1) refill();
+  }
 
-  // In [0, 1), 53 bits.
+  // Uniform numbers taken so far; a normal one takes two.
+  DRIFTAR_PHILOX_DEVICE uint64_t drawn() const { return drawn_; }
+
+  // In [0, 1), 53 bits: half a block of the generator.
   DRIFTAR_PHILOX_DEVICE double uniform() {
-    const uint64_t high = next(), low = next();
+    const bool second = drawn_ % 2 == 1;
+    if (!second) refill();
+    ++drawn_;
+    const uint64_t high = second ? output_[2] : output_[0];
+    const uint64_t low = second ? output_[3] : output_[1];
     return static_cast<double>(((high << 32) | low) >> 11) * 0x1.0p-53;
   }
 
   // Standard normal, by Box and Muller.
   DRIFTAR_PHILOX_DEVICE double normal() {
     const double radius = std::sqrt(-2.0 * std::log(1.0 - uniform()));
+#if defined(__CUDA_ARCH__)
+    return radius * cospi(2.0 * uniform());  // spares the reduction of large arguments
+#else
     return radius * std::cos(6.283185307179586 * uniform());
+#endif
   }
 
   // Chi-squared with `freedom` degrees of freedom, by Marsaglia and Tsang (2000).
@@ -51,19 +66,11 @@ class Philox {
   }
 
  private:
-  DRIFTAR_PHILOX_DEVICE uint32_t next() {
-    if (used_ == 4) {
-      refill();
-      used_ = 0;
-    }
-    return output_[used_++];
-  }
-
   DRIFTAR_PHILOX_DEVICE void refill() {
-    uint32_t counter[4] = {static_cast<uint32_t>(index_), static_cast<uint32_t>(index_ >> 32),
+    const uint64_t block = drawn_ / 2;
+    uint32_t counter[4] = {static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32),
                            static_cast<uint32_t>(stream_), static_cast<uint32_t>(stream_ >> 32)};
     uint32_t key[2] = {static_cast<uint32_t>(seed_), static_cast<uint32_t>(seed_ >> 32)};
-    ++index_;
     for (int round = 0; round < 10; ++round) {
       const uint64_t first = uint64_t{0xD2511F53} * counter[0];
       const uint64_t second = uint64_t{0xCD9E8D57} * counter[2];
@@ -77,9 +84,8 @@ class Philox {
     for (int word = 0; word < 4; ++word) output_[word] = counter[word];
   }
 
-  uint64_t seed_, stream_, index_ = 0;
+  uint64_t seed_, stream_, drawn_;
   uint32_t output_[4] = {};
-  int used_ = 4;
 };
 
 }  // namespace

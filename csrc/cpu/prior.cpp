@@ -8,7 +8,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <tuple>
 
 namespace driftar::cpu {
@@ -20,17 +19,12 @@ using at::Tensor;
 // Elements handled by one task: enough to outweigh starting it.
 constexpr int64_t kTaskElements = 1 << 15;
 
-SigmaMap sigma_map(double sigma_max, double tau, double entropy_max) {
-  const double range = std::expm1(entropy_max / tau);
-  return {sigma_max, tau, entropy_max, std::abs(range) < 1e-8 ? 1e-8 : range};
-}
-
 Tensor entropy_to_sigma(const Tensor& entropy, double sigma_max, double tau, double entropy_max) {
   check_floating("entropy_to_sigma", "entropy", entropy);
   const Tensor values = entropy.contiguous();
   const Tensor sigma =
       at::empty(entropy.sizes(), entropy.options().dtype(accumulation_type(entropy.scalar_type())));
-  const SigmaMap map = sigma_map(sigma_max, tau, entropy_max);
+  const SigmaMap map(sigma_max, tau, entropy_max);
   dispatch_floating(entropy.scalar_type(), [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     const scalar_t* in = values.const_data_ptr<scalar_t>();
@@ -53,7 +47,7 @@ Tensor entropy_to_sigma_backward(const Tensor& grad, const Tensor& entropy, doub
   check_shape(op, "grad", grad, entropy.sizes());
   const Tensor values = entropy.contiguous(), grads = grad.contiguous();
   const Tensor result = at::empty(entropy.sizes(), entropy.options());
-  const SigmaMap map = sigma_map(sigma_max, tau, entropy_max);
+  const SigmaMap map(sigma_max, tau, entropy_max);
   dispatch_floating(entropy.scalar_type(), [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     const auto* in = grads.const_data_ptr<accumulate_t<scalar_t>>();
@@ -89,7 +83,7 @@ Tensor entropy_prior(const Tensor& mean, const Tensor& entropy, const Tensor& no
   if (out.numel() == 0) return out;
   dispatch_floating(mean.scalar_type(), [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
-    const PriorCall<scalar_t> call{sigma_map(sigma_max, tau, entropy_max),
+    const PriorCall<scalar_t> call{SigmaMap(sigma_max, tau, entropy_max),
                                    mean.size(-1),
                                    entropies.const_data_ptr<accumulate_t<scalar_t>>(),
                                    means.const_data_ptr<scalar_t>(),
@@ -124,7 +118,7 @@ std::tuple<Tensor, Tensor> entropy_prior_backward(const Tensor& grad, const Tens
   dispatch_floating(grad.scalar_type(), [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     const PriorBackwardCall<scalar_t> call{
-        sigma_map(sigma_max, tau, entropy_max),
+        SigmaMap(sigma_max, tau, entropy_max),
         grad.size(-1),
         entropies.const_data_ptr<accumulate_t<scalar_t>>(),
         grads.const_data_ptr<scalar_t>(),

@@ -3,16 +3,12 @@
 // The entropy-parameterised prior on the CPU as its kernel sees it.
 
 #include "../common/accumulate.h"
+#include "../common/sigma_map.h"
 #include "isa.h"
 
 #include <cstdint>
 
 namespace driftar::cpu {
-
-// sigma(E) = sigma_max (exp(E / tau) - 1) / range, range = exp(entropy_max / tau) - 1
-struct SigmaMap {
-  double sigma_max, tau, entropy_max, range;
-};
 
 template <typename scalar_t>
 struct PriorCall {

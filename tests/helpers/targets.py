@@ -7,11 +7,14 @@ import os
 import pytest
 
 import driftar_kernels
+from tests.helpers.emulator import EMULATED
 from tests.helpers.interpreter import INTERPRETED
 
 EXPECT_VARIABLE = "DRIFTAR_KERNELS_EXPECT_BACKENDS"
 DEVICE_VARIABLE = "DRIFTAR_KERNELS_TEST_DEVICE"
 DEFAULT_EXPECTED = "cpu,reference,triton" if INTERPRETED else "cpu,reference"
+if EMULATED:
+    DEFAULT_EXPECTED = "cuda,reference"
 
 
 def expected_backends() -> set[str]:
@@ -20,9 +23,12 @@ def expected_backends() -> set[str]:
 
 
 # A backend joins every test by one entry: its name and the device of the tensors it is tested with.
-BACKEND_DEVICES = {"reference": "cpu", "cpu": "cpu"}
-if "triton" in expected_backends():
-    BACKEND_DEVICES["triton"] = os.environ.get(DEVICE_VARIABLE, "cpu")
+BACKEND_DEVICES = {"reference": "cpu"}
+if not EMULATED:  # the emulated kernels take the place of the CPU kernels
+    BACKEND_DEVICES["cpu"] = "cpu"
+for name in ("triton", "cuda"):
+    if name in expected_backends():
+        BACKEND_DEVICES[name] = os.environ.get(DEVICE_VARIABLE, "cpu")
 
 
 def require_backend(name: str) -> None:

@@ -1,0 +1,53 @@
+#pragma once
+
+// A SIMT machine on one CPU core, on which the CUDA sources run as plain C++. Every thread of a
+// block is a fiber; a fiber runs until it waits for others, so that memory written by another
+// thread is visible only after a barrier, and the order in which fibers run is shuffled. Faults end
+// the launch with a message: divergent or missing partners of a barrier or a warp operation, and
+// accesses outside of shared memory or of a guarded tensor. Shared memory starts as NaN.
+
+#include <cstddef>
+#include <cstdint>
+#include <source_location>
+#include <string>
+
+namespace driftar::emulator {
+
+struct Index {
+  unsigned x = 0, y = 0, z = 0;
+};
+
+// The running thread and its block.
+struct Place {
+  Index thread, block, block_size, grid_size;
+};
+
+const Place& place();
+
+// Dynamic shared memory of the running block.
+std::byte* shared_memory();
+
+// Runs body(argument) once for every thread. Returns false after a fault.
+bool launch(Index grid, Index block, size_t shared_bytes, void (*body)(const void*),
+            const void* argument);
+
+// What ended the last faulty launch.
+const char* fault_message();
+
+// Ends the launch.
+[[noreturn]] void fault(const std::string& message);
+
+// All threads of the block meet.
+void block_barrier(const std::source_location& where);
+
+// The lanes of `mask` meet: combine(deposits, mask) runs once, with the deposit of lane i at
+// deposits[i], and answers through them.
+using Combine = void (*)(void* const* deposits, unsigned mask);
+void meet_warp(unsigned mask, void* deposit, Combine combine, const std::source_location& where);
+
+// Asynchronous copies take place when they are waited for, not before.
+void copy_later(void* target, const void* source, size_t bytes, size_t zero_filled);
+void commit_copies();
+void wait_copies(size_t groups_in_flight);
+
+}  // namespace driftar::emulator

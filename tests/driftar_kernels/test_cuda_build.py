@@ -1,0 +1,72 @@
+"""What can be shown of the CUDA backend without a GPU: it compiles, and its kernels are right on
+the emulator."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import cuda_resources
+
+ROOT = Path(__file__).resolve().parents[2]
+OPERATORS = ("tree", "chain", "commit", "prior", "drift", "attention")
+BINDINGS = sorted((ROOT / "csrc/cuda").glob("*.cpp"))
+TORCH = Path(torch.__file__).parent / "include"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", cuda_resources.ARCHITECTURES)
+@pytest.mark.parametrize("source", [path.name for path in cuda_resources.sources()])
+def test_device_code_compiles_without_warnings_and_spills(source: str, architecture: str) -> None:
+    if cuda_resources.nvcc() is None:
+        pytest.skip("nvcc was not found")
+    usage = cuda_resources.measure([architecture], source)
+    assert usage[source]
+    assert not cuda_resources.problems(usage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "binding", sorted((ROOT / "csrc/cuda").glob("*.cpp")), ids=lambda p: p.stem
+)
+def test_bindings_compile_against_pytorch(binding: Path, tmp_path: Path) -> None:
+    """With CUDA's own headers; CPU builds of PyTorch lack one that its build generates."""
+    nvcc = cuda_resources.nvcc()
+    if nvcc is None:
+        pytest.skip("nvcc, beside which CUDA's headers lie, was not found")
+    listing = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+    top = next(line for line in listing.splitlines() if "TOP=" in line).split("TOP=")[1].strip()
+    if not (TORCH / "c10/cuda/impl/cuda_cmake_macros.h").exists():
+        generated = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"
+        generated.parent.mkdir(parents=True)
+        generated.write_text("#define C10_CUDA_BUILD_SHARED_LIBS\n")
+    headers = [TORCH, TORCH / "torch/csrc/api/include", tmp_path, Path(top) / "include"]
+    flags = ["-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror"]
+    command = ["g++", *flags, *(f"-isystem{path}" for path in headers), str(binding)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", ["cuda_emulated", *OPERATORS])
+def test_kernels_on_the_emulator(operator: str) -> None:
+    """The operator's own tests, with the CUDA kernels behind it."""
+    if os.environ.get("DRIFTAR_CUDA_EMULATED") == "1":
+        pytest.skip("these tests run in this process")
+    environment = {**os.environ, "DRIFTAR_CUDA_EMULATED": "1"}
+    environment.pop("DRIFTAR_KERNELS_EXPECT_BACKENDS", None)
+    tests = sorted(str(path) for path in Path(__file__).parent.glob(f"test_{operator}*.py"))
+    assert tests
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-k", "cuda", "-p", "no:cacheprovider", *tests],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
