@@ -53,9 +53,12 @@ $(VENV)/.triton: $(VENV)/.ready
 test-triton: $(VENV)/.triton
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/driftar_kernels tests/benchmarks -k triton
 
-# The CUDA kernels on an emulator; where nvcc exists it also compiles them for GPUs.
+# The operators' own tests, with the CUDA kernels behind them on an emulator.
+EMULATED := $(foreach op,attention chain commit cuda_emulated drift prior tree,\
+	$(wildcard tests/driftar_kernels/test_$(op)*.py))
+
 test-cuda: $(VENV)/.ready
-	DRIFTAR_CUDA_EMULATED=1 $(BIN)/python -m pytest -q tests/driftar_kernels -k cuda
+	DRIFTAR_CUDA_EMULATED=1 $(BIN)/python -m pytest -q -k cuda $(EMULATED)
 
 test-all: $(VENV)/.ready
 	$(BIN)/python -m pytest
