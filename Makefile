@@ -58,7 +58,7 @@ EMULATED := $(foreach op,attention chain commit cuda_emulated drift prior tree,\
 	$(wildcard tests/driftar_kernels/test_$(op)*.py))
 
 test-cuda: $(VENV)/.ready
-	DRIFTAR_CUDA_EMULATED=1 $(BIN)/python -m pytest -q -k cuda $(EMULATED)
+	DRIFTAR_CUDA_EMULATED=1 $(BIN)/python -m pytest -q -n auto -k cuda $(EMULATED)
 
 test-all: $(VENV)/.ready
 	$(BIN)/python -m pytest

@@ -98,6 +98,24 @@ struct Tile {
     });
   }
 
+  // Whether a query from `query` on does not see some key before `key_stop`.
+  __device__ bool is_partial(int64_t query, int key_stop) const {
+    return call.mask.kind != MaskKind::none || call.ancestors != nullptr ||
+           sample.bound(static_cast<int>(query)) < key_stop;
+  }
+
+  // Keys or queries that are NaN or infinite, which would multiply gradients of 0 beside hidden
+  // scores, become 0: where their score is visible its gradient is NaN already.
+  template <int rows>
+  static __device__ void forget_non_finite(T* operand) {
+    __syncthreads();  // nobody reads it any more
+    for (int at = threadIdx.x; at < rows * width; at += kAttentionThreads) {
+      T& value = operand[at / width * kStride + at % width];
+      if (!(widen(value) * 0.0f == 0.0f)) value = narrow<T>(0.0f);
+    }
+    __syncthreads();
+  }
+
   static __device__ void arrive() {
     ptx::commit_copies();
     ptx::wait_copies<0>();
@@ -249,6 +267,9 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
       differentiate(gradients[r], j >= call.entropy_from, map, logarithm[n][2 * r + c], score,
                     products[n][2 * r + c]);
     });
+    if (tile.is_partial(first / heads, start + kColumns)) {
+      GradientTile::template forget_non_finite<kColumns>(tile.keys);
+    }
     GradientTile::Product::outputs(products, tile.keys, sum);
   }
   ptx::commit_copies();
@@ -312,7 +333,12 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
         }
       });
       if constexpr (for_values) GradientTile::Product::outputs(scores, tile.grads, value_sum);
-      if constexpr (for_keys) GradientTile::Product::outputs(products, tile.queries, key_sum);
+      if constexpr (for_keys) {
+        if (tile.is_partial(start / heads, first + kQueryRows)) {
+          GradientTile::template forget_non_finite<kColumns>(tile.queries);
+        }
+        GradientTile::Product::outputs(products, tile.queries, key_sum);
+      }
     }
   }
   ptx::commit_copies();

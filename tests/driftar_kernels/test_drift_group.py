@@ -20,8 +20,11 @@ import sys
 import torch, torch.distributed as dist
 from safetensors.torch import save_file
 from driftar_kernels import drift_field, drift_loss, use_backend
+from tests.helpers.emulator import EMULATED, take_over
 from tests.helpers.inputs import drift_inputs
 
+if EMULATED:
+    take_over()
 rank, store, backend = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
 use_backend(backend)
