@@ -1,11 +1,8 @@
-"""What can be shown of the CUDA backend without a GPU: it compiles, and its kernels are right on
-the emulator."""
+"""The CUDA sources compile. That their kernels are right is shown by `make test-cuda`."""
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +11,6 @@ import torch
 from benchmarks import cuda_resources
 
 ROOT = Path(__file__).resolve().parents[2]
-OPERATORS = ("tree", "chain", "commit", "prior", "drift", "attention")
-BINDINGS = sorted((ROOT / "csrc/cuda").glob("*.cpp"))
 TORCH = Path(torch.__file__).parent / "include"
 
 
@@ -50,23 +45,3 @@ def test_bindings_compile_against_pytorch(binding: Path, tmp_path: Path) -> None
     command = ["g++", *flags, *(f"-isystem{path}" for path in headers), str(binding)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("operator", ["cuda_emulated", *OPERATORS])
-def test_kernels_on_the_emulator(operator: str) -> None:
-    """The operator's own tests, with the CUDA kernels behind it."""
-    if os.environ.get("DRIFTAR_CUDA_EMULATED") == "1":
-        pytest.skip("these tests run in this process")
-    environment = {**os.environ, "DRIFTAR_CUDA_EMULATED": "1"}
-    environment.pop("DRIFTAR_KERNELS_EXPECT_BACKENDS", None)
-    tests = sorted(str(path) for path in Path(__file__).parent.glob(f"test_{operator}*.py"))
-    assert tests
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", "cuda", "-p", "no:cacheprovider", *tests],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
