@@ -139,8 +139,9 @@ void forward_block(const AttentionForward<scalar_t>& call, const QueryBlock<scal
           pack_transposed(keys.from(c), count, call.width, call.scale, packed + c * call.width);
         }
       }
-      const int64_t coming =
-          !several_strips || keys.data == key_buffer ? 0 : std::min(last - column - tile.columns, key_block);
+      const int64_t coming = !several_strips || keys.data == key_buffer
+                                 ? 0
+                                 : std::min(last - column - tile.columns, key_block);
       const int64_t portion = (coming + rows - 1) / rows;
       const bool guarded =
           is_partial(block, tile) && !all_finite(values, tile.columns, value_width);

@@ -27,7 +27,8 @@ __device__ void store_row(const AttentionForward& call, int64_t index, const Sta
 // are in flight while outputs are accumulated, values while scores are computed. Shared memory:
 // queries [kQueryRows], keys and values [columns].
 template <typename T, int width>
-__global__ void __launch_bounds__(kAttentionThreads, 2) forward_kernel(const AttentionForward call) {
+__global__ void __launch_bounds__(kAttentionThreads, 2)
+    forward_kernel(const AttentionForward call) {
   constexpr int kColumns = key_columns(width, sizeof(T)), kFragments = kColumns / 8;
   constexpr int kStride = kSharedStride<T, width>;
   using Product = WarpProduct<T, width, kFragments>;
