@@ -61,9 +61,7 @@ def draw_stages(bars: Mapping[str, Mapping[str, float]], stages: Sequence[str], 
     axes.set_ylim(len(bars) - 0.5, -0.5)
     axes.set_xlim(0, 115)
     axes.set_xlabel("% of the slower variant's time for one image")
-    axes.legend(
-        fontsize=8, frameon=False, ncols=len(stages), loc="upper center", bbox_to_anchor=(0.5, 1.12)
-    )
+    figure.legend(fontsize=8, frameon=False, ncols=len(stages), loc="outside upper center")
     _save(figure, path)
 
 
