@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import driftar
 import driftar_kernels
+from driftar.models.nextstep import NextStep
 from driftar.models.registry import known_models, model_class
 
 from . import machine
@@ -35,6 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "transdiff_base": {"num_steps": 100},
     "transdiff_mrar_base": {"num_steps": 100},
     "drift_ar_base": {},
+    "nextstep_1_tiny": {"num_steps": 20},  # nextstep_1 has 14 billion parameters
 }
 _EPILOG = """\
 Weights are random: they do not change the time. The peer is the same model with every attention
@@ -64,18 +66,25 @@ def sdpa_attention(
     attn_mask: Tensor | None = None,
     *,
     is_causal: bool = False,
+    query_offset: int = 0,
+    enable_gqa: bool = False,
     entropy: str = "head",
     entropy_from: int = 0,
 ) -> driftar_kernels.AttentionOutput:
     """The attention of the models by PyTorch alone: SDPA, and a materialised map where its entropy
     is wanted. lse and max_score, which no model reads, are NaN.
     """
-    if entropy not in ("none", "map") or (is_causal and entropy == "map"):
-        raise NotImplementedError(f"entropy={entropy!r}, is_causal={is_causal}: no model asks")
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask, is_causal=is_causal)
+    if entropy not in ("none", "map"):
+        raise NotImplementedError(f"entropy={entropy!r}: no model asks")
+    rows, columns = query.shape[2], key.shape[2]
+    if is_causal and query_offset < columns - 1:  # else every query sees every key
+        seen = torch.ones(rows, columns, dtype=torch.bool).tril(query_offset)
+        attn_mask = seen if attn_mask is None else attn_mask & seen
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask, enable_gqa=enable_gqa)
     nothing = torch.full(query.shape[:3], torch.nan)
     if entropy == "none":
         return driftar_kernels.AttentionOutput(out, None, nothing, nothing)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
     visible = torch.ones_like(scores, dtype=torch.bool) if attn_mask is None else attn_mask
     visible = visible.expand_as(scores)[..., entropy_from:]
@@ -105,7 +114,7 @@ def measure(name: str, settings: Mapping[str, Any], rounds: int, bar: Any) -> Me
     model = driftar.build_model(name).eval()
     pixels = name.endswith("_tiny")  # tiny models make pixels, which need no VAE
     vae = None if pixels else driftar.build_model("kl16").eval()
-    labels = torch.zeros(1, dtype=torch.long)
+    request = _request(model)
     short = {key: type(value)(2) for key, value in settings.items()}
     samples: dict[str, list[dict[str, float]]] = {OURS: [], PEER: []}
     for turn in range(rounds + 1):
@@ -113,7 +122,7 @@ def measure(name: str, settings: Mapping[str, Any], rounds: int, bar: Any) -> Me
             generator = torch.Generator().manual_seed(turn)
             with attention_of(variant):
                 chosen = settings if turn else short
-                result = model.generate_with_stats(labels, generator=generator, **chosen)
+                result = model.generate_with_stats(request, generator=generator, **chosen)
                 stats = result.stats
                 taken = {"AR": stats.ar_seconds, "decoder": stats.decoder_seconds, "VAE": 0.0}
                 if vae is not None:
@@ -126,6 +135,15 @@ def measure(name: str, settings: Mapping[str, Any], rounds: int, bar: Any) -> Me
         for variant, taken in samples.items()
     }
     return Measurement(name, dict(settings), stats.decoder_nfe, seconds)
+
+
+def _request(model: Any) -> Tensor:
+    """A class label, or a prompt of 16 tokens for models that take prompts."""
+    if not isinstance(model, NextStep):
+        return torch.zeros(1, dtype=torch.long)
+    prompt = torch.ones(1, 16, dtype=torch.long)
+    prompt[:, -1] = model.config["boi"]
+    return prompt
 
 
 def _decoding_seconds(vae: Any, latents: Tensor) -> float:
@@ -181,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=[name for name in known_models() if _can_generate(name)],
         default=list(SETTINGS),
         metavar="NAME",
-        help="names of driftar.build_model (default: the base size of each family)",
+        help="names of driftar.build_model (default: the smallest published sizes)",
     )
     parser.add_argument("--rounds", type=int, default=3, help="per model (default: %(default)s)")
     parser.add_argument(
@@ -225,7 +243,7 @@ def _can_generate(name: str) -> bool:
 
 def _settings_of(name: str) -> dict[str, Any]:
     family = name.rpartition("_")[0]
-    return dict(SETTINGS.get(f"{family}_base", {}))
+    return dict(SETTINGS.get(name, SETTINGS.get(f"{family}_base", {})))
 
 
 if __name__ == "__main__":

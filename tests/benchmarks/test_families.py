@@ -12,7 +12,7 @@ import driftar
 import driftar_kernels
 from benchmarks import families
 
-TINY = ["mar_tiny", "transdiff_tiny", "transdiff_mrar_tiny", "drift_ar_tiny"]
+TINY = ["mar_tiny", "transdiff_tiny", "transdiff_mrar_tiny", "drift_ar_tiny", "nextstep_1_tiny"]
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -26,7 +26,8 @@ def test_peer_generates_the_same_image(name: str) -> None:
     for variant in (families.OURS, families.PEER):
         generator = torch.Generator().manual_seed(0)
         with families.attention_of(variant):
-            images.append(model.generate(torch.tensor([1, 2]), generator=generator, **options))
+            request = families._request(model)
+            images.append(model.generate(request, generator=generator, **options))
     assert images[0].abs().amax() > 0
     torch.testing.assert_close(images[1], images[0], rtol=1e-4, atol=1e-4)
 
@@ -34,9 +35,10 @@ def test_peer_generates_the_same_image(name: str) -> None:
 def test_peer_entropy_is_that_of_the_operator() -> None:
     query, key, value = torch.randn(3, 2, 4, 12, 8).unbind()
     mask = torch.rand(12, 12) < 0.6
-    options = {"entropy": "map", "entropy_from": 3}
-    ours = driftar_kernels.attention(query, key, value, mask, **options)
-    peer = families.sdpa_attention(query, key, value, mask, **options)
+    options = {"entropy": "map", "entropy_from": 3, "is_causal": True, "query_offset": 2}
+    key, value = key[:, :2], value[:, :2]
+    ours = driftar_kernels.attention(query, key, value, mask, enable_gqa=True, **options)
+    peer = families.sdpa_attention(query, key, value, mask, enable_gqa=True, **options)
     assert ours.entropy is not None and peer.entropy is not None
     torch.testing.assert_close(peer.entropy, ours.entropy, rtol=0, atol=1e-5)
 
