@@ -122,7 +122,7 @@ def drift_loss(
     weights = (gen_weight, pos_weight, neg_weight)
     field = _field("drift_loss", gen, pos, neg, weights, temperatures, normalization, group)
     unit = reference.input_scale(field.scale, gen.shape[2])
-    native = backends.select("drift_loss", gen.device) == "cpu"
+    native = backends.select("drift_loss", gen.device) in ("cpu", "cuda")
     loss = _Loss.apply(gen, field.force, unit, native)
     return loss.mean() if reduction == "mean" else loss
 

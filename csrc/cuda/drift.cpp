@@ -246,6 +246,13 @@ Tensor drift_combined_force(const Tensor& gen, const Tensor& pos, const optional
   return force;
 }
 
+// force[b] factor[b], of the dtype of the samples that the gradient belongs to.
+Tensor drift_loss_gradient(const Tensor& force, const Tensor& factor, at::ScalarType dtype) {
+  check_rank("drift_loss_gradient", "force", force, 3);
+  check_shape("drift_loss_gradient", "factor", factor, {force.size(0)});
+  return (force * factor.to(force.scalar_type()).view({-1, 1, 1})).to(dtype);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(driftar, DRIFTAR_CUDA_KEY, library) {
@@ -253,6 +260,7 @@ TORCH_LIBRARY_IMPL(driftar, DRIFTAR_CUDA_KEY, library) {
   library.impl("drift_force", &drift_force);
   library.impl("drift_squares", &drift_squares);
   library.impl("drift_combined_force", &drift_combined_force);
+  library.impl("drift_loss_gradient", &drift_loss_gradient);
 }
 
 }  // namespace driftar::cuda
