@@ -60,6 +60,7 @@ def register_fake(
             _fragment.impl(name, _triton_launcher(op), device)
     for suffix in _variants(native=True, twin=twin):
         torch.library.register_fake(f"{NAMESPACE}::{op}{suffix}", fake)
+        native(op + suffix)  # found now: a traced backward pass must not change the cache
 
 
 def register_autograd(
