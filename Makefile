@@ -54,11 +54,12 @@ test-triton: $(VENV)/.triton
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/driftar_kernels tests/benchmarks -k triton
 
 # The operators' own tests, with the CUDA kernels behind them on an emulator.
+CASES ?= cuda
 EMULATED := $(foreach op,attention chain commit cuda_emulated drift prior tree,\
 	$(wildcard tests/driftar_kernels/test_$(op)*.py))
 
 test-cuda: $(VENV)/.ready
-	DRIFTAR_CUDA_EMULATED=1 $(BIN)/python -m pytest -q -n auto -k cuda $(EMULATED)
+	DRIFTAR_CUDA_EMULATED=1 $(BIN)/python -m pytest -q -n auto -k "$(CASES)" $(EMULATED)
 
 test-all: $(VENV)/.ready
 	$(BIN)/python -m pytest
