@@ -154,7 +154,9 @@ def _decoding_seconds(vae: Any, latents: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def to_markdown(measurements: Sequence[Measurement], info: Mapping[str, Any], date: str) -> str:
+def to_markdown(
+    measurements: Sequence[Measurement], info: Mapping[str, Any], date: str, rounds: int
+) -> str:
     """The page: machine, picture, table."""
     rows = [["model", "settings", "decoder evaluations", *STAGES, "total", f"/ {PEER}"]]
     for entry in measurements:
@@ -175,7 +177,8 @@ def to_markdown(measurements: Sequence[Measurement], info: Mapping[str, Any], da
             "",
             f"{info['cpu']}, {info['cores']} cores, {info['threads']} threads, "
             f"{info['instruction_set']}; driftar {info['driftar']}, PyTorch {info['torch']}; "
-            f"{date}. One image, fp32, random weights, no guidance.",
+            f"{date}. One image, fp32, random weights, no guidance; "
+            f"rounds: {rounds}.",
             f"`/ {PEER}`: our total divided by that of the same model on PyTorch's",
             "scaled_dot_product_attention (and a materialised map where an entropy is needed).",
             "",
@@ -225,8 +228,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 settings = {key: type(value)(options.steps) for key, value in settings.items()}
             measurements.append(measure(name, settings, options.rounds, bar))
     date = datetime.now(UTC).strftime("%Y-%m-%d")
-    page = to_markdown(measurements, info, date)
-    record = {"date": date, "machine": info, "measurements": [asdict(m) for m in measurements]}
+    page = to_markdown(measurements, info, date, options.rounds)
+    record = {
+        "date": date,
+        "rounds": options.rounds,
+        "machine": info,
+        "measurements": [asdict(m) for m in measurements],
+    }
     (directory / "families.md").write_text(page, encoding="utf-8")
     (directory / "families.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     bars = {
