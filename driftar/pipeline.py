@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from driftar.hub import PretrainedPipeline
 from driftar.images import (
     OUTPUT_TYPES,
     check_pixels,
@@ -21,7 +20,7 @@ from driftar.images import (
 from driftar.model_call import Labels, Prompts, SpeculativeStats, call_of
 from driftar.models.generation import GenerationStats, Stopwatch, check_count, check_finite
 from driftar.models.nextstep import NextStep
-from driftar.pretrained import PipelineParts, locate, read_parts, upload, write_parts
+from driftar.pretrained import PipelineParts
 from driftar.prompts import Tokenizer
 from driftar.seeding import Source, image_sources
 
@@ -69,7 +68,7 @@ class PipelineOutput:
     stats: PipelineStats
 
 
-class Pipeline:
+class Pipeline(PretrainedPipeline):
     """A model with what it needs to take labels or prompts and give pictures.
 
     Args:
@@ -121,55 +120,6 @@ class Pipeline:
         if self.vae is not None:
             self.vae.to(*arguments, **options)
         return self
-
-    @classmethod
-    def from_pretrained(cls, source: Path | str, **hub_options: Any) -> Pipeline:
-        """The pipeline in a directory, or in the hub repository "owner/name".
-
-        A directory that training left (``runs/a/drift_ar/model``) gives a pipeline around its
-        model. Nothing is downloaded for a directory.
-
-        Args:
-            source: directory or hub id.
-            hub_options: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
-
-        Raises:
-            ValueError: neither a directory nor a hub id.
-            CheckpointError: damaged, incomplete or foreign files.
-            ImportError: a part needs a package that is not installed; names the extra.
-        """
-        parts = read_parts(locate(source, **hub_options))
-        return cls(
-            parts.model,
-            vae=parts.vae,
-            tokenizer=parts.tokenizer,
-            latent_scale=parts.latent_scale,
-            latent_shift=parts.latent_shift,
-        )
-
-    def save_pretrained(self, directory: Path | str) -> None:
-        """Write the pipeline to a directory, all or nothing.
-
-        Raises:
-            TypeError: a part that cannot be stored.
-            CheckpointError: the disk refuses.
-        """
-        write_parts(Path(directory), self._parts())
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the pipeline, with a model card, and return the address of the commit.
-
-        Args:
-            repo_id: "owner/name"; created if it does not exist.
-            options: ``private``, ``token``, ``commit_message``, ``revision``, ``create_pr``.
-
-        Raises:
-            ImportError: `huggingface_hub` is missing. The hub's own errors pass.
-        """
-        parts = self._parts()
-        with tempfile.TemporaryDirectory() as folder:
-            write_parts(Path(folder), parts)
-            return upload(parts, Path(folder), repo_id, **options)
 
     def __call__(
         self,

@@ -11,15 +11,18 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 
-from driftar.files import fsync_directory, sha256_file, write_json, write_text
+from driftar.files import fsync_directory, sha256_file, write_json
 from driftar.optional import require
 from driftar.prompts import ByteTokenizer, Tokenizer, load_tokenizer
 from driftar.training.checkpoint import describe_module, raise_differences
@@ -32,27 +35,34 @@ from driftar.training.manifest import (
 from driftar.training.model_file import load_model
 from driftar.training.state_codec import read_tensors, tensor_differences, write_tensors
 
-__all__ = ["PipelineParts", "locate", "read_parts", "upload", "write_parts"]
+__all__ = [
+    "MODEL_CARD_TEMPLATE",
+    "PipelineParts",
+    "locate",
+    "read_parts",
+    "replacing",
+    "write_parts",
+]
 
 _KIND = "pipeline"
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = [_CONFIG, _WEIGHTS, MANIFEST_NAME, "vae/*", "tokenizer/*"]
-_MODEL_CARD = """\
+_MODEL_CARD = "README.md"
+# A Jinja template, filled in by `huggingface_hub`.
+MODEL_CARD_TEMPLATE = """\
 ---
-library_name: driftar
-pipeline_tag: {task}
-tags: [driftar, image-generation]
+{{ card_data }}
 ---
 
 ```python
 import driftar
 
-pipeline = driftar.Pipeline.from_pretrained("{repo_id}")
+pipeline = driftar.Pipeline.from_pretrained("{{ repo_id }}")
 ```
 
-Architecture: `{name}`.
+Architecture: `{{ name }}`. Method: {{ paper_url }}.
 """
 
 
@@ -67,18 +77,12 @@ class PipelineParts:
     latent_shift: float = 0.0
 
 
-def locate(
-    source: Path | str,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    cache_dir: Path | str | None = None,
-    local_files_only: bool = False,
-) -> Path:
+def locate(source: Path | str, **hub_options: Any) -> Path:
     """The directory `source`, or a local copy of the hub repository "owner/name".
 
-    Only the latter reaches for the network. ValueError if `source` is neither, ImportError
-    without `huggingface_hub`; the hub's own errors pass.
+    Only the latter reaches for the network, with the options of
+    ``huggingface_hub.snapshot_download``. ValueError if `source` is neither; the hub's own errors
+    pass.
     """
     path = Path(source)
     if path.is_dir():
@@ -86,45 +90,25 @@ def locate(
     # A name below an existing directory is a path with a mistake in it, not a repository.
     if not _HUB_ID.fullmatch(str(source)) or path.parent.is_dir() or path.exists():
         raise ValueError(f"{source} is neither a directory nor the id of a hub repository")
-    hub = require("huggingface_hub", "hub", f"loading {source} from the hub")
-    copy = hub.snapshot_download(
-        str(source),
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        allow_patterns=_HUB_FILES,
-    )
-    return Path(copy)
+    return Path(snapshot_download(str(source), allow_patterns=_HUB_FILES, **hub_options))
 
 
-def upload(parts: PipelineParts, folder: Path, repo_id: str, **options: Any) -> str:
-    """Send a written pipeline and a model card to the hub; the address of the commit.
+@contextmanager
+def replacing(directory: Path) -> Iterator[Path]:
+    """A new directory to write a pipeline to, which then takes the place of that in `directory`.
 
-    options: ``private`` and ``token`` and those of ``huggingface_hub.HfApi.upload_folder``.
-    """
-    hub = require("huggingface_hub", "hub", "push_to_hub")
-    api = hub.HfApi(token=options.pop("token", None))
-    name = api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True).repo_id
-    task = "unconditional-image-generation" if parts.tokenizer is None else "text-to-image"
-    card = _MODEL_CARD.format(task=task, repo_id=name, name=parts.model.name)
-    write_text(folder / "README.md", card)
-    return str(api.upload_folder(repo_id=name, folder_path=folder, **options))
-
-
-def write_parts(directory: Path, parts: PipelineParts) -> None:
-    """Write a pipeline into `directory`, over an earlier one if there is one.
-
-    Everything is written and forced to the disk beside its destination before the first file is
-    replaced. Raises TypeError for a part that cannot be stored, CheckpointError if the disk
-    refuses; what was there is then as it was.
+    Everything lies on the disk beside its destination before the first file is replaced. A model
+    card that `directory` has stays. Raises CheckpointError if the disk refuses; what was there is
+    then as it was.
     """
     staging = directory / f".staging-{os.getpid()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        _fill(staging, parts)
+        yield staging
+        if (directory / _MODEL_CARD).exists():
+            (staging / _MODEL_CARD).unlink(missing_ok=True)
         files = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
         # The top manifest vouches for the rest, so it comes last.
         for file in sorted(files, key=lambda file: file == Path(MANIFEST_NAME)):
@@ -137,7 +121,8 @@ def write_parts(directory: Path, parts: PipelineParts) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _fill(directory: Path, parts: PipelineParts) -> None:
+def write_parts(directory: Path, parts: PipelineParts) -> None:
+    """Write a pipeline into an empty directory; TypeError for a part that cannot be stored."""
     config: dict[str, Any] = {
         **_write_model(directory, "model", parts.model),
         "latent_scale": parts.latent_scale,

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard, ModelHubMixin
 from torch import nn
 
 import driftar
@@ -44,6 +44,7 @@ def test_a_pipeline_returns_as_it_was(tmp_path: Path) -> None:
     assert (loaded.latent_scale, loaded.latent_shift) == (0.5, 0.25)
     assert isinstance(loaded.tokenizer, ByteTokenizer)
     assert sorted(os.listdir(tmp_path / "new" / "place")) == [
+        "README.md",
         "config.json",
         "manifest.json",
         "model.safetensors",
@@ -212,12 +213,12 @@ def test_parts_that_cannot_be_stored_are_named(saved: Path) -> None:
 
 
 class FakeHub:
-    """Stands for `huggingface_hub`: repositories are directories of links, as in its cache."""
+    """Stands for the network behind `huggingface_hub`: repositories are directories of links, as
+    in its cache."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.calls: list[dict[str, Any]] = []
-        self.HfApi = lambda token: self
 
     def create_repo(self, repo_id: str, private: bool | None, exist_ok: bool) -> SimpleNamespace:
         self.calls.append({"repo_id": repo_id, "private": private, "exist_ok": exist_ok})
@@ -240,21 +241,58 @@ class FakeHub:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     fake = FakeHub(tmp_path / "hub")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)  # type: ignore[arg-type]
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", lambda token: fake)
+    monkeypatch.setattr(pretrained, "snapshot_download", fake.snapshot_download)
     return fake
 
 
 def test_a_pipeline_goes_to_the_hub_and_back(saved: Path, hub: FakeHub) -> None:
     pipeline = Pipeline.from_pretrained(saved)
+    assert isinstance(pipeline, ModelHubMixin)
     address = pipeline.push_to_hub("someone/digits", private=True, commit_message="First")
     assert address == "https://hub/someone/digits"
     assert hub.calls[0] == {"repo_id": "someone/digits", "private": True, "exist_ok": True}
-    assert hub.calls[1] == {"commit_message": "First"}
-    card = (hub.root / "blobs/someone/digits/README.md").read_text()
-    assert 'from_pretrained("someone/digits")' in card
+    assert hub.calls[1]["commit_message"] == "First"
     again = Pipeline.from_pretrained("someone/digits", revision="main")
     assert hub.calls[2]["revision"] == "main"
     assert torch.equal(images(again), images(pipeline))
+
+
+def test_saving_and_uploading_in_one_call(tmp_path: Path, hub: FakeHub) -> None:
+    pipeline = Pipeline(driftar.build_model("mar_tiny"))
+    assert pipeline.save_pretrained(tmp_path / "digits") is None
+    assert hub.calls == []
+    address = pipeline.save_pretrained(
+        tmp_path / "digits", repo_id="someone/digits", push_to_hub=True, branch="fresh"
+    )
+    assert address == "https://hub/someone/digits"
+    assert hub.calls[1]["revision"] == "fresh"
+
+
+def test_the_model_card_says_how_to_load(saved: Path, hub: FakeHub) -> None:
+    Pipeline.from_pretrained(saved).push_to_hub("someone/digits")
+    card = ModelCard.load(hub.root / "blobs/someone/digits/README.md")
+    assert card.data.library_name == "driftar"
+    assert card.data["pipeline_tag"] == "unconditional-image-generation"
+    assert 'from_pretrained("someone/digits")' in card.text
+    assert "`drift_ar_mar_tiny`" in card.text
+    assert 'from_pretrained("pipeline")' in ModelCard.load(saved / "README.md").text
+    prompted = Pipeline(driftar.build_model("nextstep_1_tiny"), tokenizer=ByteTokenizer())
+    assert prompted.generate_model_card(repo_id="a/b").data["pipeline_tag"] == "text-to-image"
+
+
+def test_a_model_card_that_is_there_stays(saved: Path) -> None:
+    (saved / "README.md").write_text("Mine.")
+    Pipeline(driftar.build_model("mar_tiny")).save_pretrained(saved)
+    assert (saved / "README.md").read_text() == "Mine."
+    assert Pipeline.from_pretrained(saved).model.name == "mar_tiny"
+
+
+def test_stored_parts_can_be_replaced(saved: Path) -> None:
+    pipeline = Pipeline.from_pretrained(saved, latent_scale=0.5)
+    assert (pipeline.latent_scale, pipeline.latent_shift) == (0.5, 0.0)
+    with pytest.raises(TypeError, match="decoder"):
+        Pipeline.from_pretrained(saved, decoder="drift")
 
 
 def test_a_directory_never_reaches_for_the_hub(
@@ -268,13 +306,3 @@ def test_a_directory_never_reaches_for_the_hub(
         with pytest.raises(ValueError, match="neither a directory nor the id"):
             Pipeline.from_pretrained(source)
     assert hub.calls == []
-
-
-def test_a_missing_hub_package_names_its_extra(
-    saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match=r"driftar\[hub\]"):
-        Pipeline.from_pretrained("someone/digits")
-    with pytest.raises(ImportError, match=r"driftar\[hub\]"):
-        Pipeline.from_pretrained(saved).push_to_hub("someone/digits")
