@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import driftar_kernels
 
-from .kv_cache import StaticKVCache
+from .kv_cache import LayerCache
 from .layers import merge_heads
 from .rotary import Rotation, rotate
 
@@ -58,8 +58,7 @@ class CausalAttention(nn.Module):
         x: Tensor,
         rotation: Rotation,
         attn_mask: Tensor | None,
-        cache: StaticKVCache | None,
-        layer: int,
+        cache: LayerCache | None,
         entropy: str,
     ) -> tuple[Tensor, Tensor | None]:
         """Output ``[B, L, H]`` and, with ``entropy="map"``, its entropy ``[B, L]``.
@@ -69,7 +68,6 @@ class CausalAttention(nn.Module):
             rotation: of the positions of x.
             attn_mask: bool, broadcasts to ``[B, heads, L, past + L]``, True = visible.
             cache: where the keys and values of earlier positions are, and those of x go.
-            layer: whose entries of the cache.
         """
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
@@ -79,7 +77,7 @@ class CausalAttention(nn.Module):
         past = 0
         if cache is not None:
             past = cache.length
-            key, value = cache.append(layer, key, value)
+            key, value = cache.extend(key, value)
         result = driftar_kernels.attention(
             query,
             key,
@@ -123,13 +121,12 @@ class CausalLayer(nn.Module):
         x: Tensor,
         rotation: Rotation,
         attn_mask: Tensor | None,
-        cache: StaticKVCache | None,
-        layer: int,
+        cache: LayerCache | None,
         entropy: str,
     ) -> tuple[Tensor, Tensor | None]:
         """As :meth:`CausalAttention.forward`."""
         out, row_entropy = self.self_attn(
-            self.input_layernorm(x), rotation, attn_mask, cache, layer, entropy
+            self.input_layernorm(x), rotation, attn_mask, cache, entropy
         )
         x = x + out
         return x + self.mlp(self.post_attention_layernorm(x)), row_entropy

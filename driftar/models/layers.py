@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import driftar_kernels
 
+from .kv_cache import LayerCache
+
 LAYER_NORM_EPS = 1e-6
 SINUSOID_PERIOD = 10000.0
 
@@ -78,21 +80,6 @@ def check_heads(width: int, num_heads: int) -> None:
         raise ValueError(f"num_heads must divide the width {width}, got {num_heads}")
 
 
-class KVCache:
-    """Keys and values of the positions that one attention layer has seen."""
-
-    def __init__(self) -> None:
-        self._seen: tuple[Tensor, Tensor] | None = None
-
-    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append ``[B, H, n, d]`` and return everything seen, ``[B, H, N, d]`` each."""
-        if self._seen is not None:
-            key = torch.cat([self._seen[0], key], dim=2)
-            value = torch.cat([self._seen[1], value], dim=2)
-        self._seen = key, value
-        return key, value
-
-
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection (rows ordered q, k, v).
 
@@ -112,7 +99,7 @@ class Attention(nn.Module):
         x: Tensor,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-        cache: KVCache | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """x ``[B, L, D]``; ``attn_mask`` bool, True = visible, broadcasts to ``[B, H, L, L]``.
 
@@ -141,7 +128,7 @@ class Attention(nn.Module):
         is_causal: bool,
         entropy: str,
         entropy_from: int,
-        cache: KVCache | None = None,
+        cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         query, key, value = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, -1))
         if cache is not None:
@@ -195,7 +182,7 @@ class TransformerBlock(nn.Module):
         x: Tensor,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-        cache: KVCache | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         x = x + self.attn(self.norm1(x), attn_mask, is_causal, cache)
         return x + self.mlp(self.norm2(x))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .causal_layers import CausalAttention, CausalLayer, GatedMlp, RMSNorm
-from .kv_cache import StaticKVCache
+from .kv_cache import KVCache
 from .layers import patchify
 from .nextstep_config import NextStepConfig, config_from_checkpoint
 from .rotary import RotaryEmbedding, position_table
@@ -132,29 +132,20 @@ class NextStepBackbone(nn.Module):
             )
         return embeds.masked_scatter(places[..., None], patches.to(embeds.dtype))
 
-    def new_cache(self, batch: int, max_length: int) -> StaticKVCache:
+    def new_cache(self, batch: int, max_length: int) -> KVCache:
         """An empty cache for ``batch`` sequences of up to ``max_length`` positions.
 
         Raises:
             ValueError: longer than the context, ``max_position_embeddings``.
         """
         self._check_context(max_length)
-        weight = self.embed_tokens.weight
-        return StaticKVCache(
-            len(self.layers),
-            batch,
-            self.settings.key_value_heads,
-            max_length,
-            self.settings.head_width,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+        return KVCache(len(self.layers), batch, max_length)
 
     def hidden(
         self,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None = None,
-        cache: StaticKVCache | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Hidden states ``[B, L, H]`` after the final norm.
 
@@ -173,7 +164,7 @@ class NextStepBackbone(nn.Module):
         self,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None = None,
-        cache: StaticKVCache | None = None,
+        cache: KVCache | None = None,
         *,
         layers: Iterable[int] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
@@ -190,7 +181,8 @@ class NextStepBackbone(nn.Module):
         x, entropies = inputs_embeds, {}
         for index, layer in enumerate(self.layers):
             kind = "map" if index in wanted else "none"
-            x, entropy = layer(x, rotation, mask, cache, index, kind)
+            seen = None if cache is None else cache.layer(index)
+            x, entropy = layer(x, rotation, mask, seen, kind)
             if entropy is not None:
                 entropies[wanted[index]] = entropy
         if cache is not None:
@@ -223,7 +215,7 @@ class NextStepBackbone(nn.Module):
                 )
 
     def _check_inputs(
-        self, embeds: Tensor, attention_mask: Tensor | None, cache: StaticKVCache | None
+        self, embeds: Tensor, attention_mask: Tensor | None, cache: KVCache | None
     ) -> int:
         if embeds.dim() != 3 or embeds.shape[2] != self.width:
             raise ValueError(

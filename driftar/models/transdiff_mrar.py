@@ -20,7 +20,8 @@ from .generation import (
     noise_source,
     sampling_dtype,
 )
-from .layers import KVCache, patchify
+from .kv_cache import KVCache
+from .layers import patchify
 from .stack import block_causal_mask, run_blocks
 from .transdiff import FlowModel, check_draws
 
@@ -188,12 +189,12 @@ class TransDiffMRAR(FlowModel):
             condition = torch.cat([condition, self.fake_latent.expand(batch, -1)])
         draw = noise_source(noise, generator, condition.device, sampling_dtype(condition.dtype))
         start = draw((batch, self.image_tokens, self.token_channels))
-        caches = [KVCache() for _ in self.encoder_blocks]
+        cache = self._new_cache(len(condition))
         z = condition.new_zeros(condition.shape[0], 0, self.width)
         tokens = start
         for index, weight in enumerate(weights):
             reference = self.unpatchify(tokens.to(z.dtype)) if index else None
-            z = torch.cat([z, self._encode_next(reference, condition, z.shape[1], caches)], dim=1)
+            z = torch.cat([z, self._encode_next(reference, condition, z.shape[1], cache)], dim=1)
             stats.ar_seconds += watch.lap()
             guided = weight != 1.0
             tokens = rectified_flow.sample(
@@ -210,8 +211,11 @@ class TransDiffMRAR(FlowModel):
         stats.total_seconds = stats.ar_seconds + stats.decoder_seconds
         return Generation(self.unpatchify(tokens.to(z.dtype)), None, stats)
 
+    def _new_cache(self, batch: int) -> KVCache:
+        return KVCache(len(self.encoder_blocks), batch, self.buffer_size + GROUPS * self.group)
+
     def _encode_next(
-        self, latents: Tensor | None, condition: Tensor, done: int, caches: list[KVCache]
+        self, latents: Tensor | None, condition: Tensor, done: int, cache: KVCache
     ) -> Tensor:
         """Context rows ``[B, L / 4, D]`` of the group after ``done`` ones, with positions.
 
@@ -229,8 +233,9 @@ class TransDiffMRAR(FlowModel):
             positions = self.encoder_pos_embed_learned[:, self.buffer_size :][:, following]
             x = self.z_proj_ln(self.z_proj(tokens) + positions)
         blocks: Any = self.encoder_blocks
-        for block, cache in zip(blocks, caches, strict=True):
-            x = block(x, attn_mask, cache=cache)
+        for index, block in enumerate(blocks):
+            x = block(x, attn_mask, cache=cache.layer(index))
+        cache.advance(x.shape[1])
         return (
             self.encoder_norm(x[:, -self.group :]) + self.diffusion_pos_embed_learned[:, following]
         )

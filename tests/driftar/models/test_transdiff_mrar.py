@@ -9,7 +9,6 @@ from torch import Tensor
 
 import driftar
 from driftar.models import rectified_flow
-from driftar.models.layers import KVCache
 from driftar.models.stack import block_causal_mask
 from driftar.models.transdiff_mrar import TransDiffMRAR
 from tests.driftar import golden
@@ -87,9 +86,9 @@ def test_whole_sampling_replays_the_published_run(published: TransDiffMRAR, case
 def test_cached_groups_equal_an_encoding_of_the_whole_prefix(tiny: TransDiffMRAR) -> None:
     condition = tiny.condition(torch.tensor([3, -1]))
     images = [torch.randn(2, 1, 8, 8) for _ in range(3)]
-    caches = [KVCache() for _ in tiny.encoder_blocks]
+    cache = tiny._new_cache(2)
     rows = [
-        tiny._encode_next(image, condition, 16 * index, caches)
+        tiny._encode_next(image, condition, 16 * index, cache)
         for index, image in enumerate([None, *images])
     ]
     tokens = torch.cat([tiny.group_tokens(image) for image in (images[0], *images)], dim=1)
