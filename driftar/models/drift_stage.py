@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from .generation import (
     GenerationStats,
     Stopwatch,
     check_finite,
+    latents_of,
     noise_source,
     sampling_dtype,
 )
@@ -175,10 +175,6 @@ class DriftStage(nn.Module):
         """Features ``[B, L, D]`` of tokens ``[B, L, C]`` in which the drift is measured."""
         return self.feature_encoder(self.token_to_enc_proj(tokens))
 
-    def generate(self, class_labels: Tensor, **options: Any) -> Tensor:
-        """Latents ``[B, C, h, w]``; arguments as :meth:`generate_with_stats`."""
-        return self.generate_with_stats(class_labels, **options).latents
-
     @torch.no_grad()
     def generate_with_stats(
         self,
@@ -220,6 +216,8 @@ class DriftStage(nn.Module):
         stats.decoder_nfe = 1
         stats.total_seconds = stats.ar_seconds + stats.decoder_seconds
         return Generation(latents, entropy[:batch], stats)
+
+    generate = latents_of(generate_with_stats)
 
     def render(
         self, source: Tensor, context: Tensor, entropy: Tensor, noise: Tensor, cfg: float

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import wraps
+from typing import NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from .diffusion import Noise
 
 CFG_SCHEDULES = ("linear", "constant")
+P = ParamSpec("P")
 
 
 @dataclass
@@ -45,6 +49,21 @@ class Generation(NamedTuple):
     latents: Tensor
     entropy: Tensor | None
     stats: GenerationStats
+
+
+def latents_of(generate_with_stats: Callable[P, Generation]) -> Callable[P, Tensor]:
+    """A model's method ``generate``: ``generate_with_stats`` without entropy and statistics."""
+
+    @wraps(generate_with_stats)
+    def generate(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        return generate_with_stats(*args, **kwargs).latents
+
+    signature = inspect.signature(generate_with_stats)
+    generate.__signature__ = signature.replace(return_annotation="Tensor")  # type: ignore[attr-defined]
+    generate.__name__ = "generate"
+    generate.__qualname__ = generate.__qualname__.replace("generate_with_stats", "generate")
+    generate.__doc__ = "The latents that :meth:`generate_with_stats` makes, and nothing else."
+    return generate
 
 
 class Stopwatch:

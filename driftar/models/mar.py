@@ -17,6 +17,7 @@ from .generation import (
     Stopwatch,
     check_count,
     check_finite,
+    latents_of,
     noise_source,
     sampling_dtype,
 )
@@ -105,10 +106,6 @@ class MAR(MARBackbone):
         )
         return (squared + variational).mean()
 
-    def generate(self, class_labels: Tensor, **options: Any) -> Tensor:
-        """Latents ``[B, C, h, w]``; arguments as :meth:`generate_with_stats`."""
-        return self.generate_with_stats(class_labels, **options).latents
-
     @torch.no_grad()
     def generate_with_stats(
         self,
@@ -191,6 +188,8 @@ class MAR(MARBackbone):
         stats.total_seconds = stats.ar_seconds + stats.decoder_seconds
         latents = self.unpatchify(tokens).to(self.fake_latent.dtype)
         return Generation(latents, None, stats)
+
+    generate = latents_of(generate_with_stats)
 
     def _orders(
         self, orders: Tensor | None, batch: int, generator: torch.Generator | None

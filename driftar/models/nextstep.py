@@ -19,6 +19,7 @@ from .generation import (
     Stopwatch,
     check_count,
     check_finite,
+    latents_of,
     noise_source,
 )
 from .head import AdaLNHead
@@ -118,10 +119,6 @@ class NextStep(NextStepBackbone):
             last_step_size=last_step_size,
         )
         return sampled.to(c.dtype)
-
-    def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
-        """Latents ``[B, c, h, w]``; arguments as :meth:`generate_with_stats`."""
-        return self.generate_with_stats(input_ids, **options).latents
 
     @torch.no_grad()
     def generate_with_stats(
@@ -225,6 +222,8 @@ class NextStep(NextStepBackbone):
         stats.total_seconds = stats.ar_seconds + stats.decoder_seconds
         images = self.unpatchify(torch.stack(tokens, 1), grid_size)
         return Generation(images, torch.stack(entropies, 1) if entropies else None, stats)
+
+    generate = latents_of(generate_with_stats)
 
     def loss(
         self,

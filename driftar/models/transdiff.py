@@ -18,6 +18,7 @@ from .generation import (
     Stopwatch,
     check_count,
     check_finite,
+    latents_of,
     noise_source,
     sampling_dtype,
 )
@@ -207,10 +208,6 @@ class TransDiff(FlowModel):
             noise.flatten(0, 1),
         )
 
-    def generate(self, class_labels: Tensor, **options: Any) -> Tensor:
-        """Latents ``[B, C, h, w]``; arguments as :meth:`generate_with_stats`."""
-        return self.generate_with_stats(class_labels, **options).latents
-
     @torch.no_grad()
     def generate_with_stats(
         self,
@@ -263,6 +260,8 @@ class TransDiff(FlowModel):
         stats.decoder_nfe, stats.decoder_seconds = num_steps, watch.lap()
         stats.total_seconds = stats.ar_seconds + stats.decoder_seconds
         return Generation(latents, None, stats)
+
+    generate = latents_of(generate_with_stats)
 
 
 def check_draws(tau: Tensor, noise: Tensor, target: Tensor) -> None:

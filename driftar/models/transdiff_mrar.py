@@ -17,6 +17,7 @@ from .generation import (
     Stopwatch,
     check_count,
     check_finite,
+    latents_of,
     noise_source,
     sampling_dtype,
 )
@@ -142,10 +143,6 @@ class TransDiffMRAR(FlowModel):
             losses.append(rectified_flow.velocity_loss(net, target, tau[index], noise[index]))
         return torch.stack(losses).mean()
 
-    def generate(self, class_labels: Tensor, **options: Any) -> Tensor:
-        """Latents ``[B, C, h, w]``; arguments as :meth:`generate_with_stats`."""
-        return self.generate_with_stats(class_labels, **options).latents
-
     @torch.no_grad()
     def generate_with_stats(
         self,
@@ -210,6 +207,8 @@ class TransDiffMRAR(FlowModel):
             stats.decoder_nfe += num_steps
         stats.total_seconds = stats.ar_seconds + stats.decoder_seconds
         return Generation(self.unpatchify(tokens.to(z.dtype)), None, stats)
+
+    generate = latents_of(generate_with_stats)
 
     def _new_cache(self, batch: int) -> KVCache:
         return KVCache(len(self.encoder_blocks), batch, self.buffer_size + GROUPS * self.group)
