@@ -24,12 +24,26 @@ inline void check_floating(const char* op, const char* name, const at::Tensor& x
                    " must be fp32, bf16, fp16 or fp64, got ", x.scalar_type());
 }
 
+inline void check_device(const char* op, const char* name, const at::Tensor& x,
+                         const at::Tensor& model) {
+  TORCH_CHECK_VALUE(x.device() == model.device(), op, ": ", name, " must be on ", model.device(),
+                    ", got ", x.device());
+}
+
 inline void check_like(const char* op, const char* name, const at::Tensor& x,
                        const at::Tensor& model) {
   TORCH_CHECK_TYPE(x.scalar_type() == model.scalar_type(), op, ": ", name, " must have dtype ",
                    model.scalar_type(), ", got ", x.scalar_type());
-  TORCH_CHECK_VALUE(x.device() == model.device(), op, ": ", name, " must be on ", model.device(),
-                    ", got ", x.device());
+  check_device(op, name, x, model);
+}
+
+// A statistic of `model`: fp32 (fp64 for fp64), on the same device.
+inline void check_statistic(const char* op, const char* name, const at::Tensor& x,
+                            const at::Tensor& model) {
+  const at::ScalarType type = accumulation_type(model.scalar_type());
+  TORCH_CHECK_TYPE(x.scalar_type() == type, op, ": ", name, " must have dtype ", type, ", got ",
+                   x.scalar_type());
+  check_device(op, name, x, model);
 }
 
 inline void check_shape(const char* op, const char* name, const at::Tensor& x,
@@ -48,12 +62,8 @@ inline void check_integer(const char* op, const char* name, const at::Tensor& x)
                    " must have an integer dtype, got ", x.scalar_type());
 }
 
-// Parents [1 | batch, nodes] as contiguous int64 with every value an earlier node or -1.
-inline at::Tensor checked_parents(const char* op, const at::Tensor& parents, int64_t batch) {
-  check_integer(op, "parents", parents);
-  check_rank(op, "parents", parents, 2);
-  TORCH_CHECK_VALUE(parents.size(0) == 1 || parents.size(0) == batch, op,
-                    ": parents must hold 1 or ", batch, " trees, got ", parents.size(0));
+// Parents [trees, nodes] as contiguous int64 with every value an earlier node or -1.
+inline at::Tensor checked_parents(const char* op, const at::Tensor& parents) {
   const at::Tensor values = parents.to(at::kLong).contiguous();
   const int64_t nodes = values.size(1);
   const int64_t* data = values.const_data_ptr<int64_t>();

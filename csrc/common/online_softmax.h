@@ -8,14 +8,10 @@
 //
 // The unnamed namespace keeps the copies of differently compiled kernel files apart.
 
+#include "host_device.h"
+
 #include <cmath>
 #include <limits>
-
-#if defined(__CUDACC__)
-#define DRIFTAR_HOST_DEVICE __host__ __device__
-#else
-#define DRIFTAR_HOST_DEVICE
-#endif
 
 namespace driftar {
 namespace {

@@ -4,14 +4,10 @@
 // that one seed drawn from PyTorch's generator gives every sample of a batch a stream of its own on
 // any device.
 
+#include "host_device.h"
+
 #include <cmath>
 #include <cstdint>
-
-#if defined(__CUDACC__)
-#define DRIFTAR_PHILOX_DEVICE __host__ __device__
-#else
-#define DRIFTAR_PHILOX_DEVICE
-#endif
 
 namespace driftar {
 namespace {
@@ -19,16 +15,16 @@ namespace {
 class Philox {
  public:
   // As if `drawn` uniform numbers had been taken already.
-  DRIFTAR_PHILOX_DEVICE Philox(uint64_t seed, uint64_t stream, uint64_t drawn = 0)
+  DRIFTAR_HOST_DEVICE Philox(uint64_t seed, uint64_t stream, uint64_t drawn = 0)
       : seed_(seed), stream_(stream), drawn_(drawn) {
     if (drawn % 2 == 1) refill();
   }
 
   // Uniform numbers taken so far; a normal one takes two.
-  DRIFTAR_PHILOX_DEVICE uint64_t drawn() const { return drawn_; }
+  DRIFTAR_HOST_DEVICE uint64_t drawn() const { return drawn_; }
 
   // In [0, 1), 53 bits: half a block of the generator.
-  DRIFTAR_PHILOX_DEVICE double uniform() {
+  DRIFTAR_HOST_DEVICE double uniform() {
     const bool second = drawn_ % 2 == 1;
     if (!second) refill();
     ++drawn_;
@@ -38,7 +34,7 @@ class Philox {
   }
 
   // Standard normal, by Box and Muller.
-  DRIFTAR_PHILOX_DEVICE double normal() {
+  DRIFTAR_HOST_DEVICE double normal() {
     const double radius = std::sqrt(-2.0 * std::log(1.0 - uniform()));
 #if defined(__CUDA_ARCH__)
     return radius * cospi(2.0 * uniform());  // spares the reduction of large arguments
@@ -48,7 +44,7 @@ class Philox {
   }
 
   // Chi-squared with `freedom` degrees of freedom, by Marsaglia and Tsang (2000).
-  DRIFTAR_PHILOX_DEVICE double chi_squared(int64_t freedom) {
+  DRIFTAR_HOST_DEVICE double chi_squared(int64_t freedom) {
     if (freedom <= 0) return 0.0;
     if (freedom == 1) {
       const double z = normal();
@@ -66,7 +62,7 @@ class Philox {
   }
 
  private:
-  DRIFTAR_PHILOX_DEVICE void refill() {
+  DRIFTAR_HOST_DEVICE void refill() {
     const uint64_t block = drawn_ / 2;
     uint32_t counter[4] = {static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32),
                            static_cast<uint32_t>(stream_), static_cast<uint32_t>(stream_ >> 32)};

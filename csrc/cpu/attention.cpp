@@ -1,6 +1,6 @@
 #include "attention.h"
 
-#include "../common/checks.h"
+#include "../common/attention_arguments.h"
 #include "../common/dispatch.h"
 #include "../common/tree_layout.h"
 #include "parallel.h"
@@ -21,25 +21,16 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-EntropyKind entropy_kind(std::string_view name) {
-  if (name == "head") return EntropyKind::head;
-  if (name == "map") return EntropyKind::map;
-  TORCH_CHECK_VALUE(name == "none", "attention: entropy must be 'head', 'map' or 'none', got ",
-                    name);
-  return EntropyKind::none;
-}
-
 template <typename T>
 Operand<const T> operand(const Tensor& x) {
   return {x.const_data_ptr<T>(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
-// Per-sample values in [low, high]: checked when `what` names them, clamped otherwise.
-std::vector<int64_t> per_sample(const char* what, const Tensor& values, int64_t batch, int64_t low,
-                                int64_t high, bool check) {
-  check_integer("attention", what, values);
-  check_shape("attention", what, values, {batch});
-  TORCH_CHECK_VALUE(values.is_cpu(), "attention: ", what, " must be on the CPU like query");
+// Per-sample values in [low, high]: checked if `check`, clamped otherwise.
+std::vector<int64_t> per_sample(const char* what, const Tensor& values, const Tensor& query,
+                                int64_t low, int64_t high, bool check) {
+  check_per_sample(what, values, query);
+  const int64_t batch = query.size(0);
   const Tensor wide = values.to(at::kLong).contiguous();
   const int64_t* data = wide.const_data_ptr<int64_t>();
   std::vector<int64_t> result(batch);
@@ -66,33 +57,18 @@ struct Context {
           const optional<Tensor>& key_lengths, const optional<Tensor>& parents,
           int64_t query_offset, bool is_causal, std::string_view entropy_name,
           int64_t entropy_from) {
-    check_floating("attention", "query", query);
-    check_rank("attention", "query", query, 4);
-    check_rank("attention", "key", key, 4);
-    check_rank("attention", "value", value, 4);
-    check_like("attention", "key", key, query);
-    check_like("attention", "value", value, query);
+    check_attention(query, key, value, entropy_from);
     batch = query.size(0), query_heads = query.size(1), query_length = query.size(2);
     width = query.size(3), key_heads = key.size(1), key_length = key.size(2);
     value_width = value.size(3);
-    check_shape("attention", "key", key, {batch, key_heads, key_length, width});
-    check_shape("attention", "value", value, {batch, key_heads, key_length, value_width});
-    TORCH_CHECK_VALUE(query_heads == key_heads || (key_heads > 0 && query_heads % key_heads == 0),
-                      "attention: the heads of query must be a multiple of those of key, got ",
-                      query_heads, " and ", key_heads);
-    TORCH_CHECK_VALUE(entropy_from >= 0, "attention: entropy_from must be at least 0, got ",
-                      entropy_from);
     entropy = entropy_kind(entropy_name);
 
     int64_t nodes = 0;
     visibility = {};
     if (parents) {
-      TORCH_CHECK_VALUE(!is_causal, "attention: is_causal must be False with tree");
-      nodes = parents->dim() == 2 ? parents->size(1) : -1;
-      TORCH_CHECK_VALUE(nodes == query_length && nodes <= key_length,
-                        "attention: parents must have shape [B, Lq] with Lq <= Lk, got ",
-                        parents->sizes());
-      const Tensor values = checked_parents("attention", *parents, batch);
+      check_attention_tree(*parents, query, key_length, is_causal);
+      nodes = query_length;
+      const Tensor values = checked_parents("attention", *parents);
       const int64_t size = nodes * ancestor_words(nodes);
       ancestors.assign(values.size(0) * size, 0);
       for (int64_t b = 0; b < values.size(0); ++b) {
@@ -104,11 +80,11 @@ struct Context {
       visibility.ancestors = nodes == 0 ? nullptr : ancestors.data();
     }
     const int64_t longest = key_length - nodes;
-    lengths = key_lengths ? per_sample("key_lengths", *key_lengths, batch, 0, longest, true)
+    lengths = key_lengths ? per_sample("key_lengths", *key_lengths, query, 0, longest, true)
                           : std::vector<int64_t>(batch, longest);
     const int64_t low = -query_length - 1;
     offsets = query_offsets
-                  ? per_sample("query_offset", *query_offsets, batch, low, key_length, false)
+                  ? per_sample("query_offset", *query_offsets, query, low, key_length, false)
                   : std::vector<int64_t>(batch, std::clamp(query_offset, low, key_length));
     visibility.key_length = lengths.data();
     visibility.query_offset = offsets.data();
@@ -120,23 +96,9 @@ struct Context {
   Context& operator=(const Context&) = delete;
 
   void set_mask(const Tensor& attn_mask, const Tensor& query) {
-    const bool is_bool = attn_mask.scalar_type() == at::kBool;
-    TORCH_CHECK_TYPE(is_bool || at::isFloatingType(attn_mask.scalar_type()),
-                     "attention: attn_mask must be bool or floating point, got ",
-                     attn_mask.scalar_type());
-    TORCH_CHECK_VALUE(attn_mask.is_cpu() && attn_mask.dim() <= 4,
-                      "attention: attn_mask must be a CPU tensor of at most 4 dimensions");
-    const int64_t full[4] = {batch, query_heads, query_length, key_length};
-    for (int64_t d = 0; d < attn_mask.dim(); ++d) {
-      const int64_t size = attn_mask.size(d), whole = full[4 - attn_mask.dim() + d];
-      TORCH_CHECK_VALUE(size == 1 || size == whole,
-                        "attention: attn_mask must broadcast to [B, Hq, Lq, Lk], got ",
-                        attn_mask.sizes());
-    }
-    mask = (is_bool ? attn_mask : attn_mask.to(accumulation_type(query.scalar_type())))
-               .expand({batch, query_heads, query_length, key_length});
+    mask = expanded_mask(attn_mask, query, key_length);
     visibility.mask = mask.const_data_ptr();
-    visibility.mask_is_bool = is_bool;
+    visibility.mask_is_bool = mask.scalar_type() == at::kBool;
     visibility.mask_batch = mask.stride(0), visibility.mask_head = mask.stride(1);
     visibility.mask_row = mask.stride(2), visibility.mask_column = mask.stride(3);
   }
@@ -246,27 +208,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
                         query_offset, is_causal, entropy, entropy_from);
   const std::vector<int64_t> rows = {context.batch, context.query_heads, context.query_length};
   const bool map = context.entropy == EntropyKind::map;
-  check_shape("attention_backward", "grad_out", grad_out, out.sizes());
-  check_shape("attention_backward", "out", out, {rows[0], rows[1], rows[2], context.value_width});
-  check_like("attention_backward", "grad_out", grad_out, query);
-  check_like("attention_backward", "out", out, query);
-  check_shape("attention_backward", "grad_lse", grad_lse, rows);
-  check_shape("attention_backward", "lse", lse, rows);
-  const auto type = accumulation_type(query.scalar_type());
-  for (const Tensor* x :
-       {&grad_entropy, &grad_lse, &lse, &entropy_lse, &entropy_cross, &entropy_norm}) {
-    TORCH_CHECK_TYPE(x->scalar_type() == type, "attention_backward: statistics must be ", type);
-  }
-  if (context.entropy != EntropyKind::none) {
-    check_shape("attention_backward", "entropy_lse", entropy_lse, rows);
-    check_shape("attention_backward", "entropy_cross", entropy_cross, rows);
-    if (map) {
-      check_shape("attention_backward", "entropy_norm", entropy_norm, {rows[0], rows[2]});
-    } else {
-      check_shape("attention_backward", "entropy_norm", entropy_norm, rows);
-    }
-    check_shape("attention_backward", "grad_entropy", grad_entropy, entropy_norm.sizes());
-  }
+  check_attention_gradients(context.entropy, query, value, grad_out, grad_entropy, grad_lse, out,
+                            lse, entropy_lse, entropy_cross, entropy_norm);
 
   const Tensor grad_query = at::empty(query.sizes(), query.options());
   if (context.nothing_to_do() || context.key_length == 0) {
@@ -274,7 +217,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
     return {grad_query, at::zeros(key.sizes(), key.options()),
             at::zeros(value.sizes(), value.options())};
   }
-  const auto statistics = query.options().dtype(type);
+  const auto statistics = query.options().dtype(accumulation_type(query.scalar_type()));
   const Tensor weight = context.entropy == EntropyKind::none
                             ? grad_entropy
                             : (grad_entropy * entropy_norm).contiguous();

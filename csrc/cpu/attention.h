@@ -3,6 +3,7 @@
 // Attention on the CPU as its kernel sees it: raw pointers, strides and sizes.
 
 #include "../common/accumulate.h"
+#include "../common/attention_kinds.h"
 #include "isa.h"
 #include "padding.h"
 
@@ -10,8 +11,6 @@
 #include <cstdint>
 
 namespace driftar::cpu {
-
-enum class EntropyKind { none, head, map };
 
 // One operand [B, H, L, D]; strides in elements.
 template <typename T>

@@ -1,7 +1,7 @@
 #include "drift.h"
 
-#include "../common/checks.h"
 #include "../common/dispatch.h"
+#include "../common/drift_arguments.h"
 #include "huge_pages.h"
 #include "parallel.h"
 
@@ -25,41 +25,9 @@ using std::optional;
 // not depend on the threads, nor do the results.
 constexpr int64_t kColumnChunks = 32;
 
-void check_problem(const char* op, const Tensor& gen, const Tensor& pos,
-                   const optional<Tensor>& neg, const Tensor& weight) {
-  check_floating(op, "gen", gen);
-  check_rank(op, "gen", gen, 3);
-  TORCH_CHECK_VALUE(gen.numel() > 0, op, ": gen must not be empty, got shape ", gen.sizes());
-  const auto check_part = [&](const char* name, const Tensor& x) {
-    check_rank(op, name, x, 3);
-    check_like(op, name, x, gen);
-    check_shape(op, name, x, {gen.size(0), x.size(1), gen.size(2)});
-  };
-  check_part("pos", pos);
-  if (neg) check_part("neg", *neg);
-  const int64_t points = gen.size(1) + pos.size(1) + (neg ? neg->size(1) : 0);
-  check_shape(op, "weight", weight, {gen.size(0), points});
-  TORCH_CHECK_TYPE(weight.scalar_type() == accumulation_type(gen.scalar_type()), op,
-                   ": weight must be ", accumulation_type(gen.scalar_type()));
-}
-
 template <typename T>
 Samples<T> samples(const Tensor& x) {
   return {x.const_data_ptr<T>(), x.size(1), x.stride(0), x.stride(1), x.stride(2)};
-}
-
-// What the force needs besides the points.
-void check_statistics(const char* op, const Tensor& gen, const Tensor& weight,
-                      const Tensor& distances, const Tensor& scale,
-                      at::ArrayRef<double> temperatures) {
-  for (const double temperature : temperatures) {
-    TORCH_CHECK_VALUE(temperature > 0, op, ": temperatures must be > 0, got ", temperature);
-  }
-  TORCH_CHECK_VALUE(scale.numel() == 1 && scale.is_cpu(), op, ": scale must be a CPU scalar");
-  if (distances.numel() == 0) return;
-  check_shape(op, "distances", distances, {gen.size(0), gen.size(1), weight.size(1)});
-  TORCH_CHECK_TYPE(distances.scalar_type() == weight.scalar_type(), op, ": distances must be ",
-                   weight.scalar_type());
 }
 
 template <typename T>
@@ -163,7 +131,7 @@ double distances_of_large(const DriftPoints<T>& points, const at::TensorOptions&
 std::tuple<Tensor, Tensor> drift_distances(const Tensor& gen, const Tensor& pos,
                                            const optional<Tensor>& neg, const Tensor& weight,
                                            bool keep) {
-  check_problem("drift_distances", gen, pos, neg, weight);
+  check_drift_points("drift_distances", gen, pos, neg, weight);
   const Tensor weights = weight.contiguous();
   const Tensor distances =
       empty_large({keep ? gen.size(0) : 0, gen.size(1), weight.size(1)}, weight.options());
@@ -185,8 +153,8 @@ std::tuple<Tensor, Tensor> drift_force(const Tensor& gen, const Tensor& pos,
                                        const Tensor& distances, const Tensor& scale,
                                        at::ArrayRef<double> temperatures) {
   const char* op = "drift_force";
-  check_problem(op, gen, pos, neg, weight);
-  check_statistics(op, gen, weight, distances, scale, temperatures);
+  check_drift_points(op, gen, pos, neg, weight);
+  check_drift_statistics(op, gen, weight, distances, scale, temperatures);
   const int64_t count = static_cast<int64_t>(temperatures.size());
   const Tensor weights = weight.contiguous(), kept = distances.contiguous();
   const Tensor force =
@@ -251,19 +219,14 @@ struct BatchOfForces : DriftBatch<T> {
   }
 };
 
-std::vector<int64_t> balance_shape(const Tensor& gen, const Tensor& weight, size_t temperatures) {
-  return {gen.size(0), static_cast<int64_t>(temperatures), 3 * gen.size(1) + weight.size(1)};
-}
-
 std::tuple<Tensor, Tensor> drift_squares(const Tensor& gen, const Tensor& pos,
                                          const optional<Tensor>& neg, const Tensor& weight,
                                          const Tensor& distances, const Tensor& scale,
                                          at::ArrayRef<double> temperatures) {
-  check_problem("drift_squares", gen, pos, neg, weight);
-  check_statistics("drift_squares", gen, weight, distances, scale, temperatures);
+  check_drift_points("drift_squares", gen, pos, neg, weight);
+  check_drift_statistics("drift_squares", gen, weight, distances, scale, temperatures);
   const Tensor weights = weight.contiguous(), kept = distances.contiguous();
-  const Tensor balances =
-      at::empty(balance_shape(gen, weight, temperatures.size()), weight.options());
+  const Tensor balances = at::empty(balance_shape(gen, weight, temperatures), weight.options());
   std::vector<double> partial(gen.size(0) * temperatures.size()), squares(temperatures.size(), 0.0);
   dispatch_floating(gen.scalar_type(), [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
@@ -283,12 +246,9 @@ Tensor drift_combined_force(const Tensor& gen, const Tensor& pos, const optional
                             at::ArrayRef<double> temperatures, const Tensor& balances,
                             const Tensor& factors) {
   const char* op = "drift_combined_force";
-  check_problem(op, gen, pos, neg, weight);
-  check_statistics(op, gen, weight, distances, scale, temperatures);
-  check_shape(op, "factors", factors, {static_cast<int64_t>(temperatures.size())});
-  check_shape(op, "balances", balances, balance_shape(gen, weight, temperatures.size()));
-  TORCH_CHECK_TYPE(balances.scalar_type() == weight.scalar_type(), op, ": balances must be ",
-                   weight.scalar_type());
+  check_drift_points(op, gen, pos, neg, weight);
+  check_drift_statistics(op, gen, weight, distances, scale, temperatures);
+  check_drift_balances(op, gen, weight, temperatures, balances, factors);
   const Tensor weights = weight.contiguous(), kept = distances.contiguous();
   const Tensor values = factors.to(weight.scalar_type()).contiguous();
   Tensor own = balances.contiguous();

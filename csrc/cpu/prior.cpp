@@ -1,7 +1,7 @@
 #include "prior.h"
 
-#include "../common/checks.h"
 #include "../common/dispatch.h"
+#include "../common/prior_arguments.h"
 #include "parallel.h"
 
 #include <ATen/ops/empty.h>
@@ -41,10 +41,7 @@ Tensor entropy_to_sigma(const Tensor& entropy, double sigma_max, double tau, dou
 Tensor entropy_to_sigma_backward(const Tensor& grad, const Tensor& entropy, double sigma_max,
                                  double tau, double entropy_max) {
   const char* op = "entropy_to_sigma_backward";
-  check_floating(op, "entropy", entropy);
-  TORCH_CHECK_TYPE(grad.scalar_type() == accumulation_type(entropy.scalar_type()), op,
-                   ": grad must have the dtype of sigma, got ", grad.scalar_type());
-  check_shape(op, "grad", grad, entropy.sizes());
+  check_sigma_gradient(op, grad, entropy);
   const Tensor values = entropy.contiguous(), grads = grad.contiguous();
   const Tensor result = at::empty(entropy.sizes(), entropy.options());
   const SigmaMap map(sigma_max, tau, entropy_max);
@@ -71,12 +68,7 @@ int64_t rows_per_task(int64_t width) {
 Tensor entropy_prior(const Tensor& mean, const Tensor& entropy, const Tensor& noise,
                      double sigma_max, double tau, double entropy_max) {
   const char* op = "entropy_prior";
-  check_floating(op, "mean", mean);
-  check_floating(op, "entropy", entropy);
-  TORCH_CHECK_VALUE(mean.dim() >= 1, op, ": mean must have at least 1 dimension");
-  check_like(op, "noise", noise, mean);
-  check_shape(op, "noise", noise, mean.sizes());
-  check_shape(op, "entropy", entropy, mean.sizes().slice(0, mean.dim() - 1));
+  check_prior(op, "mean", mean, entropy, noise);
   const Tensor means = mean.contiguous(), noises = noise.contiguous();
   const Tensor entropies = entropy.to(accumulation_type(mean.scalar_type())).contiguous();
   const Tensor out = at::empty(mean.sizes(), mean.options());
@@ -103,12 +95,7 @@ std::tuple<Tensor, Tensor> entropy_prior_backward(const Tensor& grad, const Tens
                                                   double entropy_max, bool need_entropy,
                                                   bool need_noise) {
   const char* op = "entropy_prior_backward";
-  check_floating(op, "grad", grad);
-  check_floating(op, "entropy", entropy);
-  TORCH_CHECK_VALUE(grad.dim() >= 1, op, ": grad must have at least 1 dimension");
-  check_like(op, "noise", noise, grad);
-  check_shape(op, "noise", noise, grad.sizes());
-  check_shape(op, "entropy", entropy, grad.sizes().slice(0, grad.dim() - 1));
+  check_prior(op, "grad", grad, entropy, noise);
   const Tensor grads = grad.contiguous(), noises = noise.contiguous();
   const Tensor entropies = entropy.to(accumulation_type(grad.scalar_type())).contiguous();
   const Tensor grad_entropy = need_entropy ? at::empty(entropy.sizes(), entropies.options())

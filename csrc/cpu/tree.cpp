@@ -1,7 +1,7 @@
 #include "tree.h"
 
-#include "../common/checks.h"
 #include "../common/dispatch.h"
+#include "../common/tree_arguments.h"
 #include "parallel.h"
 
 #include <ATen/TensorOperators.h>
@@ -34,10 +34,8 @@ int64_t items_per_task(int64_t total, int64_t size) {
 // accept bool [B, N], contiguous
 Verdict walk(const char* op, const Tensor& parents, const Tensor& accept, int64_t max_depth) {
   const int64_t batch = accept.size(0), nodes = accept.size(1);
-  TORCH_CHECK_VALUE(max_depth >= 0, op, ": max_depth must be at least 0, got ", max_depth);
-  const Tensor values = checked_parents(op, parents, batch);
-  TORCH_CHECK_VALUE(values.size(1) == nodes, op, ": parents must have ", nodes, " nodes, got ",
-                    values.size(1));
+  check_tree(op, parents, accept, max_depth);
+  const Tensor values = checked_parents(op, parents);
   const auto index = parents.options().dtype(at::kLong);
   const Tensor length = at::empty({batch}, index), node = at::empty({batch}, index);
   const Tensor path = at::empty({batch, max_depth}, index);
@@ -65,18 +63,13 @@ Verdict walk(const char* op, const Tensor& parents, const Tensor& accept, int64_
 }
 
 Verdict walk_tree(const Tensor& parents, const Tensor& accept, int64_t max_depth) {
-  check_rank("walk_tree", "accept", accept, 2);
-  TORCH_CHECK_TYPE(accept.scalar_type() == at::kBool, "walk_tree: accept must be bool, got ",
-                   accept.scalar_type());
+  check_accept("walk_tree", accept);
   return walk("walk_tree", parents, accept.contiguous(), max_depth);
 }
 
 Verdict verify_tree(const Tensor& parents, const Tensor& draft, const Tensor& target,
                     double tolerance, int64_t max_depth) {
-  check_floating("verify_tree", "draft", draft);
-  check_rank("verify_tree", "draft", draft, 3);
-  check_like("verify_tree", "target", target, draft);
-  check_shape("verify_tree", "target", target, draft.sizes());
+  check_drafts("verify_tree", draft, target);
   const Tensor drafts = draft.contiguous(), targets = target.contiguous();
   const Tensor accept = at::empty({draft.size(0), draft.size(1)}, draft.options().dtype(at::kBool));
   bool* accepted = accept.mutable_data_ptr<bool>();
@@ -99,19 +92,8 @@ std::tuple<Tensor, Tensor> verify_chain(const Tensor& draft, const Tensor& draft
                                         const Tensor& draft_std, const Tensor& target_mean,
                                         const Tensor& target_std, const Tensor& seed) {
   const char* op = "verify_chain";
-  check_floating(op, "draft", draft);
-  check_rank(op, "draft", draft, 3);
+  check_chain(op, draft, draft_mean, draft_std, target_mean, target_std, seed);
   const int64_t batch = draft.size(0), count = draft.size(1), width = draft.size(2);
-  check_shape(op, "draft_mean", draft_mean, {batch, count, width});
-  check_shape(op, "draft_std", draft_std, {batch, count});
-  check_shape(op, "target_mean", target_mean, {batch, count + 1, width});
-  check_shape(op, "target_std", target_std, {batch, count + 1});
-  check_like(op, "draft_mean", draft_mean, draft);
-  check_like(op, "draft_std", draft_std, draft);
-  check_like(op, "target_mean", target_mean, draft);
-  check_like(op, "target_std", target_std, draft);
-  TORCH_CHECK_VALUE(seed.scalar_type() == at::kLong && seed.numel() == 1 && seed.is_cpu(), op,
-                    ": seed must hold one int64");
 
   const auto refuse_unusable = [op](const char* name, const Tensor& std) {
     const bool usable = dispatch_floating(std.scalar_type(), [&](auto tag) {
@@ -183,22 +165,10 @@ void check_paths(const Tensor& key_lengths, const Tensor& path, const Tensor& le
 Tensor commit_path(const Tensor& key_cache, const Tensor& value_cache, const Tensor& key_lengths,
                    const Tensor& path, const Tensor& length) {
   const char* op = "commit_path";
-  check_rank(op, "key_cache", key_cache, 4);
-  check_rank(op, "value_cache", value_cache, 4);
-  check_rank(op, "verdict.path", path, 2);
+  check_commit(op, key_cache, value_cache, key_lengths, path, length);
   const int64_t batch = key_cache.size(0), capacity = key_cache.size(2);
-  check_shape(op, "value_cache", value_cache,
-              {batch, key_cache.size(1), capacity, value_cache.size(3)});
-  check_shape(op, "key_lengths", key_lengths, {batch});
-  check_shape(op, "verdict.length", length, {batch});
-  check_shape(op, "verdict.path", path, {batch, path.size(1)});
-  const auto indices = [op](const char* name, const Tensor& x) {
-    check_integer(op, name, x);
-    TORCH_CHECK_VALUE(x.is_cpu(), op, ": ", name, " must be on the CPU like key_cache");
-    return x.to(at::kLong).contiguous();
-  };
-  const Tensor prefix = indices("key_lengths", key_lengths), nodes = indices("verdict.path", path),
-               steps = indices("verdict.length", length);
+  const auto indices = [](const Tensor& x) { return x.to(at::kLong).contiguous(); };
+  const Tensor prefix = indices(key_lengths), nodes = indices(path), steps = indices(length);
   check_paths(prefix, nodes, steps, capacity);
   for (const Tensor& cache : {key_cache, value_cache}) {
     if (cache.numel() == 0) continue;

@@ -1,6 +1,6 @@
 #include "attention.h"
 
-#include "../common/checks.h"
+#include "../common/attention_arguments.h"
 #include "device.h"
 
 #include <ATen/TensorOperators.h>
@@ -20,27 +20,9 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-EntropyKind entropy_kind(std::string_view name) {
-  if (name == "head") return EntropyKind::head;
-  if (name == "map") return EntropyKind::map;
-  TORCH_CHECK_VALUE(name == "none", "attention: entropy must be 'head', 'map' or 'none', got ",
-                    name);
-  return EntropyKind::none;
-}
-
 Operand operand_of(const Tensor& x) {
-  const int64_t element = static_cast<int64_t>(x.element_size());
-  const int64_t common = static_cast<int64_t>(reinterpret_cast<uintptr_t>(x.const_data_ptr())) |
-                         x.stride(0) * element | x.stride(1) * element | x.stride(2) * element;
   return {x.const_data_ptr(), x.stride(0), x.stride(1),
-          x.stride(2),        x.stride(3), x.stride(3) == 1 && common % 16 == 0};
-}
-
-int multiprocessors(const Tensor& x) {
-  int count = 1;
-  check_launch("attention", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount,
-                                                   std::max<int>(x.device().index(), 0)));
-  return count;
+          x.stride(2),        x.stride(3), moves_in_vectors(x)};
 }
 
 // A call, checked, with the tensors that its pointers refer to.
@@ -52,20 +34,7 @@ class Problem {
           int64_t query_offset, double scale, bool is_causal, std::string_view entropy,
           int64_t entropy_from)
       : scope_(query) {
-    check_rank("attention", "query", query, 4);
-    check_rank("attention", "key", key, 4);
-    check_rank("attention", "value", value, 4);
-    check_like("attention", "key", key, query);
-    check_like("attention", "value", value, query);
-    const int64_t batch = query.size(0), key_heads = key.size(1), key_length = key.size(2);
-    check_shape("attention", "key", key, {batch, key_heads, key_length, query.size(3)});
-    check_shape("attention", "value", value, {batch, key_heads, key_length, value.size(3)});
-    const int64_t heads = query.size(1);
-    TORCH_CHECK_VALUE(heads == key_heads || (key_heads > 0 && heads % key_heads == 0),
-                      "attention: the heads of query must be a multiple of those of key, got ",
-                      heads, " and ", key_heads);
-    TORCH_CHECK_VALUE(entropy_from >= 0, "attention: entropy_from must be at least 0, got ",
-                      entropy_from);
+    check_attention(query, key, value, entropy_from);
     for (const Tensor& x : {query, value}) {
       TORCH_CHECK_NOT_IMPLEMENTED(x.size(3) <= kMaxWidth,
                                   "attention: head dimensions must be at most ", kMaxWidth,
@@ -76,8 +45,8 @@ class Problem {
     shape.is_causal = is_causal;
     shape.width = static_cast<int>(query.size(3));
     shape.value_width = static_cast<int>(value.size(3));
-    shape.batch = batch, shape.query_heads = heads, shape.key_heads = key_heads;
-    const int64_t query_length = query.size(2);
+    shape.batch = query.size(0), shape.query_heads = query.size(1), shape.key_heads = key.size(1);
+    const int64_t query_length = query.size(2), key_length = key.size(2);
     TORCH_CHECK_NOT_IMPLEMENTED(
         query_length <= kMaxLength && key_length <= kMaxLength, "attention: there must be at most ",
         kMaxLength, " queries and keys on this backend, got ", query_length, " and ", key_length);
@@ -108,23 +77,14 @@ class Problem {
  private:
   static const int64_t* per_sample(const char* name, const Tensor& values, const Tensor& query,
                                    Tensor& kept) {
-    check_integer("attention", name, values);
-    check_shape("attention", name, values, {query.size(0)});
-    TORCH_CHECK_VALUE(values.device() == query.device(), "attention: ", name, " must be on ",
-                      query.device(), " like query");
+    check_per_sample(name, values, query);
     kept = values.to(at::kLong).contiguous();
     return kept.const_data_ptr<int64_t>();
   }
 
   void pack_ancestors(const Tensor& parents, const Tensor& query) {
-    TORCH_CHECK_VALUE(!shape.is_causal, "attention: is_causal must be False with tree");
-    check_integer("attention", "parents", parents);
+    check_attention_tree(parents, query, shape.key_length, shape.is_causal);
     const int64_t nodes = shape.query_length;
-    TORCH_CHECK_VALUE(parents.dim() == 2 && parents.size(1) == nodes &&
-                          (parents.size(0) == 1 || parents.size(0) == shape.batch) &&
-                          nodes <= shape.key_length && parents.device() == query.device(),
-                      "attention: parents must have shape [1 | B, Lq] with Lq <= Lk, on ",
-                      query.device(), ", got ", parents.sizes());
     const Tensor values = parents.to(at::kLong).contiguous();
     const int64_t trees = values.size(0);
     shape.words = static_cast<int>(ancestor_words(nodes));
@@ -137,22 +97,8 @@ class Problem {
   }
 
   void set_mask(const Tensor& attn_mask, const Tensor& query) {
-    const bool is_bool = attn_mask.scalar_type() == at::kBool;
-    TORCH_CHECK_TYPE(is_bool || at::isFloatingType(attn_mask.scalar_type()),
-                     "attention: attn_mask must be bool or floating point, got ",
-                     attn_mask.scalar_type());
-    TORCH_CHECK_VALUE(attn_mask.device() == query.device() && attn_mask.dim() <= 4,
-                      "attention: attn_mask must have at most 4 dimensions and be on ",
-                      query.device());
-    const int64_t full[4] = {shape.batch, shape.query_heads, shape.query_length, shape.key_length};
-    for (int64_t d = 0; d < attn_mask.dim(); ++d) {
-      const int64_t size = attn_mask.size(d);
-      TORCH_CHECK_VALUE(size == 1 || size == full[4 - attn_mask.dim() + d],
-                        "attention: attn_mask must broadcast to [B, Hq, Lq, Lk], got ",
-                        attn_mask.sizes());
-    }
-    mask_ = (is_bool ? attn_mask : attn_mask.to(at::kFloat)).expand(full);
-    shape.mask = {is_bool ? MaskKind::boolean : MaskKind::additive,
+    mask_ = expanded_mask(attn_mask, query, shape.key_length);
+    shape.mask = {mask_.scalar_type() == at::kBool ? MaskKind::boolean : MaskKind::additive,
                   mask_.const_data_ptr(),
                   mask_.stride(0),
                   mask_.stride(1),
@@ -204,10 +150,11 @@ ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Te
   call.lse = floats(lse), call.max_score = floats(max_score);
   call.entropy_out = floats(entropy_out), call.entropy_norm = floats(entropy_norm);
   call.entropy_lse = floats(entropy_lse), call.entropy_cross = floats(entropy_cross);
-  const int columns = key_columns(padded_width(std::max(shape.width, shape.value_width)),
-                                  static_cast<int>(query.element_size()));
-  const KeySplit split =
-      split_keys(query_blocks(shape), shape.key_length, columns, multiprocessors(query));
+  const int bytes = static_cast<int>(query.element_size());
+  const int columns =
+      key_columns(padded_width(std::max(shape.width, shape.value_width), bytes), bytes);
+  const KeySplit split = split_keys(query_blocks(shape), shape.key_length, columns,
+                                    device_attribute(op, query, cudaDevAttrMultiProcessorCount));
   call.splits = split.splits, call.split_keys = split.keys;
   Tensor partial_out, partial;
   if (call.splits > 1) {
@@ -236,27 +183,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
                         query_offset, scale, is_causal, entropy, entropy_from);
   const AttentionShape& shape = problem.shape;
   const std::vector<int64_t> rows = {shape.batch, shape.query_heads, shape.query_length};
-  check_shape(op, "out", out, {rows[0], rows[1], rows[2], shape.value_width});
-  check_shape(op, "grad_out", grad_out, out.sizes());
-  check_like(op, "grad_out", grad_out, query);
-  check_like(op, "out", out, query);
-  check_shape(op, "grad_lse", grad_lse, rows);
-  check_shape(op, "lse", lse, rows);
-  for (const Tensor* x :
-       {&grad_entropy, &grad_lse, &lse, &entropy_lse, &entropy_cross, &entropy_norm}) {
-    TORCH_CHECK_TYPE(x->scalar_type() == at::kFloat, op, ": statistics must be fp32");
-    TORCH_CHECK_VALUE(x->device() == query.device(), op, ": statistics must be on ",
-                      query.device());
-  }
-  const bool none = shape.entropy == EntropyKind::none;
-  if (!none) {
-    check_shape(op, "entropy_lse", entropy_lse, rows);
-    check_shape(op, "entropy_cross", entropy_cross, rows);
-    const bool map = shape.entropy == EntropyKind::map;
-    check_shape(op, "entropy_norm", entropy_norm,
-                map ? std::vector<int64_t>{rows[0], rows[2]} : rows);
-    check_shape(op, "grad_entropy", grad_entropy, entropy_norm.sizes());
-  }
+  check_attention_gradients(shape.entropy, query, value, grad_out, grad_entropy, grad_lse, out, lse,
+                            entropy_lse, entropy_cross, entropy_norm);
   if (problem.nothing_to_do() || shape.key_length == 0) {
     return {at::zeros(query.sizes(), query.options()), at::zeros(key.sizes(), key.options()),
             at::zeros(value.sizes(), value.options())};
@@ -264,7 +192,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   const Tensor grad_query = at::empty(query.sizes(), query.options());
   const Tensor grad_key = at::empty(key.sizes(), key.options());
   const Tensor grad_value = at::empty(value.sizes(), value.options());
-  const Tensor weight = none ? grad_entropy : (grad_entropy * entropy_norm).contiguous();
+  const Tensor weight = shape.entropy == EntropyKind::none
+                            ? grad_entropy
+                            : (grad_entropy * entropy_norm).contiguous();
   const Tensor saved_out = out.contiguous(), saved_lse = lse.contiguous(),
                saved_entropy_lse = entropy_lse.contiguous(),
                saved_cross = entropy_cross.contiguous(), lse_weight = grad_lse.contiguous();

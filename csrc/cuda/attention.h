@@ -2,16 +2,16 @@
 
 // Attention with row entropies on the GPU as its launchers see it. Formulas: docs/ops/attention.md.
 
+#include "../common/attention_kinds.h"
+#include "attention_plan.h"
 #include "scalar.h"
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdint>
 
 namespace driftar::cuda {
 
-enum class EntropyKind { none, head, map };
 enum class MaskKind { none, boolean, additive };
 
 constexpr int kMaxWidth = 256;
@@ -82,35 +82,9 @@ struct AncestorCall {
 
 inline int64_t ancestor_words(int64_t nodes) { return (nodes + 31) / 32; }
 
-// Rows of a tile: queries of the heads that share a key head, packed.
-constexpr int kQueryRows = 64;
-
-// Head dimensions are padded to one of these.
-inline int padded_width(int width) { return width <= 64 ? 64 : width <= 128 ? 128 : 256; }
-
-// Keys of a tile: as many as registers and shared memory allow; `bytes` of an element.
-__host__ __device__ constexpr int key_columns(int padded, int bytes) {
-  return bytes == 4 || padded > 128 ? 16 : 64;
-}
-
 inline int64_t query_blocks(const AttentionShape& shape) {
   const int64_t packed = shape.query_heads / shape.key_heads * shape.query_length;
   return shape.batch * shape.key_heads * ((packed + kQueryRows - 1) / kQueryRows);
-}
-
-struct KeySplit {
-  int splits;
-  int keys;  // of each, whole tiles
-};
-
-// Splits the keys where the queries alone leave multiprocessors idle.
-inline KeySplit split_keys(int64_t blocks, int64_t key_length, int columns, int multiprocessors) {
-  constexpr int64_t kMostSplits = 64, kLeastTiles = 4;
-  const int64_t tiles = std::max<int64_t>((key_length + columns - 1) / columns, 1);
-  const int64_t wanted = std::max<int64_t>(2 * multiprocessors / std::max<int64_t>(blocks, 1), 1);
-  const int64_t most = std::clamp<int64_t>(tiles / kLeastTiles, 1, kMostSplits);
-  const int64_t each = (tiles + std::min(wanted, most) - 1) / std::min(wanted, most);
-  return {static_cast<int>((tiles + each - 1) / each), static_cast<int>(each) * columns};
 }
 
 cudaError_t launch_ancestors(const AncestorCall& call, cudaStream_t stream);

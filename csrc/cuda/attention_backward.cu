@@ -386,7 +386,7 @@ cudaError_t launch_attention_backward(const AttentionBackward& call, cudaStream_
         launch(delta_kernel<T>, {blocks_of(rows, kAttentionThreads / kWarp), kAttentionThreads},
                stream, call);
     if (error != cudaSuccess) return error;
-    return dispatch_width(max(call.width, call.value_width), [&](auto width) {
+    return dispatch_width<T>(max(call.width, call.value_width), [&](auto width) {
       constexpr int kWidth = decltype(width)::value;
       return call.entropy == EntropyKind::map ? launch_sides<T, kWidth, true>(call, stream)
                                               : launch_sides<T, kWidth, false>(call, stream);

@@ -23,14 +23,16 @@ __device__ void store_row(const AttentionForward& call, int64_t index, const Sta
   call.entropy_cross[index] = -entropy;
 }
 
-// A block takes kQueryRows packed queries of a key head, 16 a warp, and a split of the keys. Keys
-// are in flight while outputs are accumulated, values while scores are computed. Shared memory:
-// queries [kQueryRows], keys and values [columns].
+// A block takes kQueryRows packed queries of a key head, 16 a warp, and a split of the keys. While
+// scores are computed, kStages tiles of values are in flight or in use, while outputs are
+// accumulated, kStages of keys. Shared memory: queries [kQueryRows], keys and values [kStages,
+// columns].
 template <typename T, int width>
 __global__ void __launch_bounds__(kAttentionThreads, 2)
     forward_kernel(const AttentionForward call) {
   constexpr int kColumns = key_columns(width, sizeof(T)), kFragments = kColumns / 8;
-  constexpr int kStride = kSharedStride<T, width>;
+  constexpr int kStride = kSharedStride<T, width>, kStages = key_stages(width, sizeof(T));
+  constexpr int kTile = kColumns * kStride;
   using Product = WarpProduct<T, width, kFragments>;
   const int64_t group = call.query_heads / call.key_heads, packed = group * call.query_length;
   const int64_t row_blocks = blocks_of(packed, kQueryRows);
@@ -44,7 +46,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
 
   auto* queries = static_cast<T*>(shared_memory());
   T* keys = queries + kQueryRows * kStride;
-  T* values = keys + kColumns * kStride;
+  T* values = keys + kStages * kTile;
   const int last_query = static_cast<int>((min(first + kQueryRows, packed) - 1) / group);
   const int begin = static_cast<int>(split) * call.split_keys;
   const int end = min(begin + call.split_keys, sample.key_end(last_query));
@@ -53,8 +55,10 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
     return at < packed ? b * call.query.batch + head * call.query.head + at / group * call.query.row
                        : int64_t{-1};
   });
-  const auto load = [&](T* target, const Operand& from, int columns, int start) {
+  const auto load = [&](T* ring, const Operand& from, int columns, int tile) {
+    const int start = begin + tile * kColumns;
     if (start < end) {
+      T* target = ring + tile % kStages * kTile;
       load_rows<T, width, kColumns>(target, from, columns, [&](int r) {
         return start + r < end ? b * from.batch + key_head * from.head +
                                      static_cast<int64_t>(start + r) * from.row
@@ -63,7 +67,11 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
     }
     ptx::commit_copies();
   };
-  load(keys, call.key, call.width, begin);
+  load(keys, call.key, call.width, 0);
+  for (int tile = 1; tile < kStages; ++tile) {
+    load(values, call.value, call.value_width, tile - 1);
+    load(keys, call.key, call.width, tile);
+  }
 
   Row rows[2];
   for (int i = 0; i < 2; ++i) {
@@ -77,12 +85,13 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   Statistics all[2], members[2];
   float support[2] = {};
   float out[width / 8][4] = {};
-  for (int start = begin; start < end; start += kColumns) {
-    ptx::wait_copies<0>();
-    __syncthreads();  // the keys are there, and nobody reads the values any more
-    load(values, call.value, call.value_width, start);
+  for (int tile = 0, start = begin; start < end; ++tile, start += kColumns) {
+    const int stage = tile % kStages * kTile;
+    ptx::wait_copies<2 * kStages - 2>();
+    __syncthreads();  // the keys are there, and nobody reads the last values any more
+    load(values, call.value, call.value_width, tile + kStages - 1);
     float scores[kFragments][4] = {};
-    Product::scores(queries + warp * 16 * kStride, keys, scores);
+    Product::scores(queries + warp * 16 * kStride, keys + stage, scores);
     const bool whole = plain && start + kColumns <= least_bound;
 #pragma unroll
     for (int n = 0; n < kFragments; ++n) {
@@ -93,9 +102,9 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
             whole ? scores[n][i] * call.scale : sample.score(rows[i / 2], j, scores[n][i]);
       }
     }
-    ptx::wait_copies<0>();
-    __syncthreads();  // the values are there, and nobody reads the keys any more
-    load(keys, call.key, call.width, start + kColumns);
+    ptx::wait_copies<2 * kStages - 2>();
+    __syncthreads();  // the values are there, and nobody reads these keys any more
+    load(keys, call.key, call.width, tile + kStages);
 
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -131,7 +140,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
         }
       }
     }
-    Product::outputs(scores, values, out);
+    Product::outputs(scores, values + stage, out);
   }
   ptx::wait_copies<0>();
 
@@ -232,11 +241,11 @@ cudaError_t launch_ancestors(const AncestorCall& call, cudaStream_t stream) {
 
 cudaError_t launch_attention_forward(const AttentionForward& call, cudaStream_t stream) {
   return dispatch(call.type, [&](auto tag) {
-    return dispatch_width(max(call.width, call.value_width), [&](auto width) {
-      using T = typename decltype(tag)::type;
+    using T = typename decltype(tag)::type;
+    return dispatch_width<T>(max(call.width, call.value_width), [&](auto width) {
       constexpr int kWidth = decltype(width)::value;
       constexpr size_t kShared =
-          sizeof(T) * (kQueryRows + 2 * key_columns(kWidth, sizeof(T))) * kSharedStride<T, kWidth>;
+          forward_shared_bytes(kWidth, sizeof(T), key_stages(kWidth, sizeof(T)));
       return launch(forward_kernel<T, kWidth>,
                     {query_blocks(call) * call.splits, kAttentionThreads, kShared}, stream, call);
     });

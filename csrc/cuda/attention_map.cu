@@ -116,8 +116,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) map_kernel(const Attenti
 cudaError_t launch_attention_map(const AttentionForward& call, cudaStream_t stream) {
   const int64_t blocks = call.batch * blocks_of(call.query_length, kQueryRows);
   return dispatch(call.type, [&](auto tag) {
-    return dispatch_width(call.width, [&](auto width) {
-      using T = typename decltype(tag)::type;
+    using T = typename decltype(tag)::type;
+    return dispatch_width<T>(call.width, [&](auto width) {
       constexpr int kWidth = decltype(width)::value;
       constexpr size_t kShared =
           sizeof(T) * (kQueryRows + key_columns(kWidth, sizeof(T))) * kSharedStride<T, kWidth>;

@@ -15,9 +15,8 @@ constexpr float kLog2E = 1.4426950408889634f;
 // Differences of scores below this count as this: their weight is 0, and 0 * -inf must not be NaN.
 constexpr float kFarBelow = -1e4f;
 
-// Rows in shared memory are apart so far that the lanes of a fragment fall into different banks.
 template <typename T, int width>
-constexpr int kSharedStride = width + 16 / static_cast<int>(sizeof(T));
+constexpr int kSharedStride = shared_stride(width, sizeof(T));
 
 // Copies `rows` rows of `width` padded columns. row_offset(r) is where row r starts, relative to
 // the data, or negative for a row of zeros.
@@ -297,16 +296,16 @@ __device__ __forceinline__ float entropy_norm(float support, bool normalize) {
 }
 
 // Calls visit(width) with the padded head dimension as a compile-time constant.
-template <typename Visit>
+template <typename T, typename Visit>
 decltype(auto) dispatch_width(int width, Visit&& visit) {
-  switch (padded_width(width)) {
-    case 64:
-      return visit(std::integral_constant<int, 64>{});
-    case 128:
-      return visit(std::integral_constant<int, 128>{});
-    default:
-      return visit(std::integral_constant<int, 256>{});
+  const int padded = padded_width(width, sizeof(T));
+  if constexpr (sizeof(T) == 2) {
+    if (padded == 80) return visit(std::integral_constant<int, 80>{});
+    if (padded == 96) return visit(std::integral_constant<int, 96>{});
   }
+  if (padded == 64) return visit(std::integral_constant<int, 64>{});
+  if (padded == 128) return visit(std::integral_constant<int, 128>{});
+  return visit(std::integral_constant<int, 256>{});
 }
 
 }  // namespace driftar::cuda

@@ -1,6 +1,6 @@
 #include "drift.h"
 
-#include "../common/checks.h"
+#include "../common/drift_arguments.h"
 #include "device.h"
 
 #include <ATen/TensorOperators.h>
@@ -20,66 +20,73 @@ using at::Tensor;
 using std::optional;
 
 Samples samples_of(const Tensor& x) {
-  return {x.const_data_ptr(), x.size(1), x.stride(0), x.stride(1), x.stride(2)};
+  return {x.const_data_ptr(), x.size(1),   x.stride(0),
+          x.stride(1),        x.stride(2), moves_in_vectors(x)};
 }
 
-// The points of a call, checked and centred, on their device and stream for as long as it lives.
+// A call's points, checked, on their device and stream for as long as it lives.
 class Problem {
  public:
   Problem(const char* op, const Tensor& gen, const Tensor& pos, const optional<Tensor>& neg,
           const Tensor& weight)
       : op_(op), scope_(gen) {
-    const Scalar type = scalar_of(op, "gen", gen);
-    check_rank(op, "gen", gen, 3);
-    TORCH_CHECK_VALUE(gen.numel() > 0, op, ": gen must not be empty, got shape ", gen.sizes());
-    check_part("pos", pos, gen);
-    if (neg) check_part("neg", *neg, gen);
-    pairs.batch = gen.size(0), pairs.generated = gen.size(1), pairs.features = gen.size(2);
-    pairs.positives = pos.size(1);
-    pairs.points = pairs.generated + pairs.positives + (neg ? neg->size(1) : 0);
-    check_shape(op, "weight", weight, {pairs.batch, pairs.points});
-    check_statistic("weight", weight, gen);
+    check_drift_points(op, gen, pos, neg, weight);
+    batch.type = scalar_of(op, "gen", gen);
+    batch.batch = gen.size(0), batch.generated = gen.size(1), batch.features = gen.size(2);
+    batch.points = weight.size(1), batch.positives = pos.size(1);
+    batch.rows = batch.generated;
+    batch.parts[0] = samples_of(gen), batch.parts[2] = samples_of(pos);
+    if (neg) batch.parts[1] = samples_of(*neg);
     weight_ = weight.contiguous();
-    centred_ = empty({pairs.batch, pairs.points, padded(pairs.features)});
-    pairs.weight = weight_.const_data_ptr<float>();
-    pairs.centred = centred_.const_data_ptr<float>();
-    pairs.rows = pairs.generated;
-    const CentreCall call{type,
-                          pairs.batch,
-                          pairs.points,
-                          pairs.features,
-                          {samples_of(gen), neg ? samples_of(*neg) : Samples{}, samples_of(pos)},
+    batch.weight = weight_.const_data_ptr<float>();
+  }
+
+  // What the passes over pairs need besides the points; `distances` must outlive the call.
+  void set_statistics(const Tensor& gen, const Tensor& distances, const Tensor& scale,
+                      at::ArrayRef<double> temperatures) {
+    check_drift_statistics(op_, gen, weight_, distances, scale, temperatures);
+    const auto count = static_cast<int64_t>(temperatures.size());
+    TORCH_CHECK_NOT_IMPLEMENTED(count <= kMaxTemperatures, op_, ": temperatures must be at most ",
+                                kMaxTemperatures, " on this backend, got ", count);
+    for (int64_t t = 0; t < count; ++t) {
+      batch.inverse_temperatures[t] = static_cast<float>(1 / temperatures[t]);
+    }
+    batch.temperature_count = static_cast<int>(count);
+    batch.scale = scale.const_data_ptr<float>();
+    batch.kept = distances.numel() > 0 ? distances.const_data_ptr<float>() : nullptr;
+  }
+
+  // Whether the problems are so many and small that each gets a block of its own.
+  bool is_many_small() {
+    const int multiprocessors = device_attribute(op_, weight_, cudaDevAttrMultiProcessorCount),
+              shared = device_attribute(op_, weight_, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    batch.together =
+        temperatures_together(batch.batch, batch.generated, batch.points, batch.temperature_count,
+                              multiprocessors, static_cast<size_t>(shared));
+    return batch.together > 0;
+  }
+
+  // The pairs of all other problems, which need centred points.
+  PairsCall centred() {
+    centred_ = empty({batch.batch, batch.points, padded(batch.features)});
+    batch.centred = centred_.const_data_ptr<float>();
+    const CentreCall call{batch.type,
+                          batch.batch,
+                          batch.points,
+                          batch.features,
+                          {batch.parts[0], batch.parts[1], batch.parts[2]},
                           centred_.mutable_data_ptr<float>()};
-    check_launch(op, launch_centre(call, stream()));
+    check_launch(op_, launch_centre(call, stream()));
+    return batch;
   }
 
   cudaStream_t stream() const { return scope_.stream(); }
   Tensor empty(at::IntArrayRef shape) const { return at::empty(shape, weight_.options()); }
+  void check(cudaError_t error) const { check_launch(op_, error); }
 
-  // Rows [first, first + rows) of the pairs.
-  PairsCall panel(int64_t first, int64_t rows) const {
-    PairsCall result = pairs;
-    result.first_row = first, result.rows = rows;
-    return result;
-  }
-
-  // fp32 beside the points.
-  void check_statistic(const char* name, const Tensor& x, const Tensor& gen) const {
-    TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, op_, ": ", name, " must be fp32, got ",
-                     x.scalar_type());
-    TORCH_CHECK_VALUE(x.device() == gen.device(), op_, ": ", name, " must be on ", gen.device(),
-                      ", got ", x.device());
-  }
-
-  PairsCall pairs{};
+  BatchCall batch{};
 
  private:
-  void check_part(const char* name, const Tensor& x, const Tensor& gen) const {
-    check_rank(op_, name, x, 3);
-    check_like(op_, name, x, gen);
-    check_shape(op_, name, x, {gen.size(0), x.size(1), gen.size(2)});
-  }
-
   const char* op_;
   DeviceScope scope_;
   Tensor weight_, centred_;
@@ -88,81 +95,57 @@ class Problem {
 std::tuple<Tensor, Tensor> drift_distances(const Tensor& gen, const Tensor& pos,
                                            const optional<Tensor>& neg, const Tensor& weight,
                                            bool keep) {
-  const char* op = "drift_distances";
-  const Problem problem(op, gen, pos, neg, weight);
-  const PairsCall& pairs = problem.pairs;
-  const Tensor distances = problem.empty({keep ? pairs.batch : 0, pairs.generated, pairs.points});
-  const Tensor partial = problem.empty({distance_blocks(pairs)});
-  const DistanceCall call{pairs, keep ? distances.mutable_data_ptr<float>() : nullptr,
-                          partial.mutable_data_ptr<float>()};
-  check_launch(op, launch_distances(call, problem.stream()));
-  const Tensor total = partial.sum(at::kDouble) / static_cast<double>(pairs.generated);
+  Problem problem("drift_distances", gen, pos, neg, weight);
+  BatchCall& batch = problem.batch;
+  const Tensor distances = problem.empty({keep ? batch.batch : 0, batch.generated, batch.points});
+  batch.distances = keep ? distances.mutable_data_ptr<float>() : nullptr;
+  const bool many = problem.is_many_small();
+  const Tensor partial = problem.empty({many ? batch.batch : distance_blocks(batch)});
+  batch.partial = partial.mutable_data_ptr<float>();
+  if (many) {
+    problem.check(launch_batch_distances(batch, problem.stream()));
+  } else {
+    const DistanceCall call{problem.centred(), batch.distances, batch.partial};
+    problem.check(launch_distances(call, problem.stream()));
+  }
+  const Tensor total = partial.sum(at::kDouble) / static_cast<double>(batch.generated);
   const Tensor sums = at::stack({total, weight.sum(at::kDouble)});
   return {distances, sums.to(at::kFloat)};
 }
 
-// The passes that follow when the scale is known.
+// The passes over the pairs, panel by panel, that follow when the scale is known.
 class Forces {
  public:
-  Forces(const char* op, const Tensor& gen, const Tensor& pos, const optional<Tensor>& neg,
-         const Tensor& weight, const Tensor& distances, const Tensor& scale,
-         at::ArrayRef<double> temperatures, const optional<Tensor>& balances = {})
-      : op_(op), problem_(op, gen, pos, neg, weight), distances_(distances.contiguous()) {
-    PairsCall& pairs = problem_.pairs;
-    TORCH_CHECK_VALUE(scale.numel() == 1, op, ": scale must be a scalar");
-    problem_.check_statistic("scale", scale, gen);
-    const auto count = static_cast<int64_t>(temperatures.size());
-    TORCH_CHECK_NOT_IMPLEMENTED(count <= kMaxTemperatures, op, ": temperatures must be at most ",
-                                kMaxTemperatures, " on this backend, got ", count);
-    for (int64_t t = 0; t < count; ++t) {
-      TORCH_CHECK_VALUE(temperatures[t] > 0, op, ": temperatures must be > 0, got ",
-                        temperatures[t]);
-      pairs.inverse_temperatures[t] = static_cast<float>(1 / temperatures[t]);
-    }
-    pairs.temperature_count = static_cast<int>(count);
-    pairs.scale = scale.const_data_ptr<float>();
-    kept_ = distances_.numel() > 0;
-    if (kept_) {
-      check_shape(op, "distances", distances, {pairs.batch, pairs.generated, pairs.points});
-      problem_.check_statistic("distances", distances, gen);
-      panel_ = pairs.generated;
-    } else {
-      panel_ = panel_rows(pairs.batch, pairs.generated, pairs.points, kPanelElements);
-      distances_ = problem_.empty({pairs.batch, panel_, pairs.points});
-    }
-    coefficients_ = problem_.empty({pairs.batch, panel_, padded(pairs.points)});
-    const std::vector<int64_t> shape = {pairs.batch, count, 3 * pairs.generated + pairs.points};
-    balanced_ = balances.has_value();
-    if (balanced_) {
-      check_shape(op, "balances", *balances, shape);
-      problem_.check_statistic("balances", *balances, gen);
-      balances_ = balances->contiguous();
-    } else {
-      balances_ = problem_.empty(shape);
-      normalise();
-    }
+  // Of a problem with statistics; balances that are not `balanced` are computed.
+  Forces(Problem& problem, const Tensor& distances, const Tensor& balances, bool balanced)
+      : problem_(problem),
+        pairs_(problem.centred()),
+        distances_(distances),
+        balances_(balances),
+        kept_(distances.numel() > 0),
+        balanced_(balanced),
+        panel_(kept_ ? pairs_.generated
+                     : panel_rows(pairs_.batch, pairs_.generated, pairs_.points, kPanelElements)) {
+    if (!kept_) distances_ = problem.empty({pairs_.batch, panel_, pairs_.points});
+    coefficients_ = problem.empty({pairs_.batch, panel_, padded(pairs_.points)});
+    if (!balanced) normalise();
   }
-
-  int64_t temperature_count() const { return problem_.pairs.temperature_count; }
-  // Complete once every temperature has run.
-  const Tensor& balances() const { return balances_; }
-  Tensor empty(at::IntArrayRef shape) const { return problem_.empty(shape); }
 
   // The force of one temperature, or with factors [T] that of all; adds the sum of its squares to
   // `squares`, a scalar. Force and squares may be null.
-  void run(int temperature, const Tensor* factors, float* force, const Tensor* squares) {
+  void run(int temperature, const float* factors, float* force, const Tensor* squares) {
     each_panel([&](const PairsCall& panel) {
       const Tensor partial = problem_.empty({squares == nullptr ? 0 : force_blocks(panel)});
       const ForceCall call{panel,
                            distances_.const_data_ptr<float>(),
                            balances_.mutable_data_ptr<float>(),
                            balanced_,
-                           factors == nullptr ? nullptr : factors->const_data_ptr<float>(),
+                           factors,
                            temperature,
                            coefficients_.mutable_data_ptr<float>(),
                            force,
                            squares == nullptr ? nullptr : partial.mutable_data_ptr<float>()};
-      check_launch(op_, launch_force(call, problem_.stream()));
+      problem_.check(launch_force(call, problem_.stream()));
       if (squares != nullptr) squares->add_(partial.sum(at::kDouble));
     });
   }
@@ -171,12 +154,12 @@ class Forces {
   // Runs body(panel) where distances_ holds the distances of the panel.
   template <typename Body>
   void each_panel(Body&& body) {
-    const PairsCall& pairs = problem_.pairs;
-    for (int64_t first = 0; first < pairs.generated; first += panel_) {
-      const PairsCall panel = problem_.panel(first, std::min(panel_, pairs.generated - first));
+    for (int64_t first = 0; first < pairs_.generated; first += panel_) {
+      PairsCall panel = pairs_;
+      panel.first_row = first, panel.rows = std::min(panel_, pairs_.generated - first);
       if (!kept_ && held_ != first) {
         const DistanceCall call{panel, distances_.mutable_data_ptr<float>(), nullptr};
-        check_launch(op_, launch_distances(call, problem_.stream()));
+        problem_.check(launch_distances(call, problem_.stream()));
         held_ = first;
       }
       body(panel);
@@ -184,17 +167,17 @@ class Forces {
   }
 
   void normalise() {
-    const Tensor least = problem_.empty({problem_.pairs.batch, problem_.pairs.points});
+    const Tensor least = problem_.empty({pairs_.batch, pairs_.points});
     each_panel([&](const PairsCall& panel) {
       const NormaliserCall call{panel, distances_.const_data_ptr<float>(),
                                 balances_.mutable_data_ptr<float>(),
                                 least.mutable_data_ptr<float>()};
-      check_launch(op_, launch_normalisers(call, problem_.stream()));
+      problem_.check(launch_normalisers(call, problem_.stream()));
     });
   }
 
-  const char* op_;
-  Problem problem_;
+  Problem& problem_;
+  PairsCall pairs_;
   Tensor distances_, balances_, coefficients_;
   bool kept_, balanced_;
   int64_t panel_, held_ = -1;
@@ -208,9 +191,12 @@ std::tuple<Tensor, Tensor> drift_force(const Tensor& gen, const Tensor& pos,
                                        const optional<Tensor>& neg, const Tensor& weight,
                                        const Tensor& distances, const Tensor& scale,
                                        at::ArrayRef<double> temperatures) {
-  Forces forces("drift_force", gen, pos, neg, weight, distances, scale, temperatures);
-  const int64_t count = forces.temperature_count();
-  const Tensor force = forces.empty({count, gen.size(0), gen.size(1), gen.size(2)});
+  const Tensor kept = distances.contiguous();
+  Problem problem("drift_force", gen, pos, neg, weight);
+  problem.set_statistics(gen, kept, scale, temperatures);
+  Forces forces(problem, kept, problem.empty(balance_shape(gen, weight, temperatures)), false);
+  const int count = problem.batch.temperature_count;
+  const Tensor force = problem.empty({count, gen.size(0), gen.size(1), gen.size(2)});
   const Tensor squares = squares_of(weight, count);
   for (int t = 0; t < count; ++t) {
     const Tensor square = squares.select(0, t);
@@ -223,13 +209,25 @@ std::tuple<Tensor, Tensor> drift_squares(const Tensor& gen, const Tensor& pos,
                                          const optional<Tensor>& neg, const Tensor& weight,
                                          const Tensor& distances, const Tensor& scale,
                                          at::ArrayRef<double> temperatures) {
-  Forces forces("drift_squares", gen, pos, neg, weight, distances, scale, temperatures);
-  const Tensor squares = squares_of(weight, forces.temperature_count());
-  for (int t = 0; t < forces.temperature_count(); ++t) {
+  const Tensor kept = distances.contiguous();
+  Problem problem("drift_squares", gen, pos, neg, weight);
+  problem.set_statistics(gen, kept, scale, temperatures);
+  const int count = problem.batch.temperature_count;
+  const Tensor balances = problem.empty(balance_shape(gen, weight, temperatures));
+  if (problem.is_many_small()) {
+    const Tensor partial = problem.empty({gen.size(0), count});
+    problem.batch.balances = balances.mutable_data_ptr<float>();
+    problem.batch.partial = partial.mutable_data_ptr<float>();
+    problem.check(launch_batch_squares(problem.batch, problem.stream()));
+    return {partial.sum(/*dim=*/0, /*keepdim=*/false, at::kDouble).to(at::kFloat), balances};
+  }
+  Forces forces(problem, kept, balances, false);
+  const Tensor squares = squares_of(weight, count);
+  for (int t = 0; t < count; ++t) {
     const Tensor square = squares.select(0, t);
     forces.run(t, nullptr, nullptr, &square);
   }
-  return {squares.to(at::kFloat), forces.balances()};
+  return {squares.to(at::kFloat), balances};
 }
 
 Tensor drift_combined_force(const Tensor& gen, const Tensor& pos, const optional<Tensor>& neg,
@@ -237,12 +235,21 @@ Tensor drift_combined_force(const Tensor& gen, const Tensor& pos, const optional
                             at::ArrayRef<double> temperatures, const Tensor& balances,
                             const Tensor& factors) {
   const char* op = "drift_combined_force";
-  Forces forces(op, gen, pos, neg, weight, distances, scale, temperatures, balances);
-  check_shape(op, "factors", factors, {forces.temperature_count()});
-  TORCH_CHECK_VALUE(factors.device() == gen.device(), op, ": factors must be on ", gen.device());
+  const Tensor kept = distances.contiguous(), given = balances.contiguous();
+  Problem problem(op, gen, pos, neg, weight);
+  problem.set_statistics(gen, kept, scale, temperatures);
+  check_drift_balances(op, gen, weight, temperatures, given, factors);
   const Tensor values = factors.to(at::kFloat).contiguous();
-  const Tensor force = forces.empty(gen.sizes());
-  forces.run(0, &values, force.mutable_data_ptr<float>(), nullptr);
+  const Tensor force = problem.empty(gen.sizes());
+  if (problem.is_many_small()) {
+    problem.batch.balances = given.mutable_data_ptr<float>();
+    problem.batch.factors = values.const_data_ptr<float>();
+    problem.batch.force = force.mutable_data_ptr<float>();
+    problem.check(launch_batch_force(problem.batch, problem.stream()));
+    return force;
+  }
+  Forces(problem, kept, given, true)
+      .run(0, values.const_data_ptr<float>(), force.mutable_data_ptr<float>(), nullptr);
   return force;
 }
 

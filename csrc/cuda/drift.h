@@ -3,16 +3,14 @@
 // The drifting field on the GPU as its launchers see it: B problems of N generated samples among M
 // points, which lie in the order gen, neg, pos. Algebra: docs/ops/drift.md.
 
+#include "drift_plan.h"
 #include "scalar.h"
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdint>
 
 namespace driftar::cuda {
-
-constexpr int kMaxTemperatures = 16;
 
 // Tensors that products read in whole chunks are padded to this many columns.
 constexpr int64_t kPadding = 32;
@@ -26,17 +24,12 @@ __host__ __device__ inline int64_t padded(int64_t count) {
 #endif
 constexpr int64_t kPanelElements = DRIFTAR_PANEL_ELEMENTS;
 
-// Rows of a panel of distances: whole tiles.
-inline int64_t panel_rows(int64_t batch, int64_t generated, int64_t points, int64_t elements) {
-  constexpr int64_t kTile = 64;
-  const int64_t rows = elements / std::max<int64_t>(batch * points, 1) / kTile * kTile;
-  return std::min(std::max(rows, kTile), generated);
-}
-
-// Generated samples, negatives or positives [B, count, S]; strides in elements.
+// Generated samples, negatives or positives [B, count, S]; strides in elements. `vectors`: rows can
+// be copied 16 aligned bytes at a time.
 struct Samples {
   const void* data;
   int64_t count, batch, row, column;
+  bool vectors;
 };
 
 struct CentreCall {
@@ -95,6 +88,19 @@ struct ForceCall : PairsCall {
   float* partial;          // [force_blocks]: sums of squares, or null
 };
 
+// Many small problems, each in a block of its own; nothing is centred or padded before.
+struct BatchCall : PairsCall {
+  Scalar type;
+  Samples parts[3];
+  const float* kept;     // [B, N, M] distances, or null: they are computed again
+  float* distances;      // [B, N, M], or null
+  float* partial;        // [B]: sums of weighted distances; [B, T]: sums of squared raw forces
+  float* balances;       // [B, T, 3 N + M]
+  int together;          // temperatures_together
+  const float* factors;  // [T]
+  float* force;          // [B, N, S]
+};
+
 int64_t distance_blocks(const PairsCall& call);
 int64_t force_blocks(const PairsCall& call);
 
@@ -102,5 +108,11 @@ cudaError_t launch_centre(const CentreCall& call, cudaStream_t stream);
 cudaError_t launch_distances(const DistanceCall& call, cudaStream_t stream);
 cudaError_t launch_normalisers(const NormaliserCall& call, cudaStream_t stream);
 cudaError_t launch_force(const ForceCall& call, cudaStream_t stream);
+
+// Distances and the sums of the weighted ones; balances and sums of squares of the raw forces;
+// the combined force.
+cudaError_t launch_batch_distances(const BatchCall& call, cudaStream_t stream);
+cudaError_t launch_batch_squares(const BatchCall& call, cudaStream_t stream);
+cudaError_t launch_batch_force(const BatchCall& call, cudaStream_t stream);
 
 }  // namespace driftar::cuda

@@ -1,18 +1,12 @@
 // The drifting field: centred points, and distances by one product per tile (docs/ops/drift.md).
 
-#include "drift.h"
-
-#include "numbers.cuh"
+#include "drift_pairs.cuh"
 #include "product.cuh"
 #include "reduce.cuh"
 
 namespace driftar::cuda {
 
 namespace {
-
-constexpr float kMinDistance = 1e-4f;
-// Squared distances below this share of the squared norms lose too much to cancellation.
-constexpr float kCloseShare = 0.1f;
 
 constexpr int kCentreWarps = 8, kCentrePoints = 256;
 // Any centre serves; that of so many evenly spaced points is close enough to all of them.
@@ -21,12 +15,7 @@ constexpr int64_t kCentreSamples = 512;
 template <typename T>
 __device__ __forceinline__ float load_point(const CentreCall& call, int64_t b, int64_t point,
                                             int64_t feature) {
-  int64_t at = point;
-  int part = 0;
-  while (part < 2 && at >= call.parts[part].count) at -= call.parts[part++].count;
-  const Samples& from = call.parts[part];
-  const T* data = static_cast<const T*>(from.data);
-  return widen(data[b * from.batch + at * from.row + feature * from.column]);
+  return widen(*Place::of(call.parts, point).at<T>(b, feature));
 }
 
 // A block centres kCentrePoints points in kWarp features, a lane each. Shared memory: a sum per
@@ -111,8 +100,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) distance_kernel(const Dist
       squared =
           i == j ? 0.0f : exact_squared(points + i * stride, points + j * stride, call.features);
     }
-    float distance = sqrtf(squared);
-    if (distance < kMinDistance) distance = kMinDistance;
+    const float distance = at_least(kMinDistance, sqrtf(squared));
     if (call.distances != nullptr) {
       call.distances[(b * call.rows + local + r) * call.points + j] = distance;
     }
@@ -120,8 +108,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) distance_kernel(const Dist
   });
   if (call.partial == nullptr) return;
   float* of_warps = column_norms + kTileColumns;
-  weighted =
-      block_reduce<kProductThreads>(weighted, of_warps, [](float x, float y) { return x + y; });
+  weighted = block_reduce<kProductThreads>(weighted, of_warps, sum_of);
   if (threadIdx.x == 0) call.partial[blockIdx.x] = weighted;
 }
 

@@ -1,8 +1,6 @@
 // The drifting field: log-sum-exp of rows and columns, coefficients, forces (docs/ops/drift.md).
 
-#include "drift.h"
-
-#include "numbers.cuh"
+#include "drift_pairs.cuh"
 #include "product.cuh"
 #include "reduce.cuh"
 
@@ -10,7 +8,6 @@ namespace driftar::cuda {
 
 namespace {
 
-constexpr float kMinScale = 1e-3f, kMinAffinity = 1e-3f, kSelfDistance = 100.0f;
 constexpr int kWarps = 8, kThreads = kWarps * kWarp;
 // Temperatures that one pass over the distances serves.
 constexpr int kTogether = 4;
@@ -26,19 +23,13 @@ struct Scaled {
       : distances(of_batch + b * call.rows * call.points),
         points(call.points),
         first_row(call.first_row),
-        scale(fmaxf(*call.scale, kMinScale)) {
-    if (*call.scale != *call.scale) scale = *call.scale;
-  }
+        scale(distance_unit(call)) {}
 
   __device__ float operator()(int64_t local, int64_t column) const {
     const float self = first_row + local == column ? kSelfDistance : 0.0f;
     return distances[local * points + column] / scale + self;
   }
 };
-
-// The smaller one; NaN wins.
-__device__ __forceinline__ float least_of(float a, float b) { return a != a || a < b ? a : b; }
-__device__ __forceinline__ float sum_of(float a, float b) { return a + b; }
 
 // visit(t, inverse temperature) for up to kTogether temperatures from `first` on.
 template <typename Visit>
@@ -130,8 +121,7 @@ __global__ void __launch_bounds__(kThreads) coefficient_kernel(const ForceCall c
   const Scaled scaled(call, call.distances, b);
   const float* weight = call.weight + b * call.points;
   float* row = call.coefficients + task * stride;
-  float unit = *call.scale / sqrtf(static_cast<float>(call.features));
-  if (unit < kMinScale) unit = kMinScale;
+  const float unit = force_unit(call);
 
   for (int64_t j = call.points + lane; j < stride; j += kWarp) row[j] = 0.0f;
   const int first = call.factors == nullptr ? call.temperature : 0;
@@ -140,17 +130,16 @@ __global__ void __launch_bounds__(kThreads) coefficient_kernel(const ForceCall c
     const float rate = call.inverse_temperatures[t];
     const Balance balance = balance_of(call, call.balances, b, t);
     const int64_t i = call.first_row + local;
-    const auto affinity = [&](int64_t j) {
-      float value = expf(-scaled(local, j) * rate - balance.row_half[i] - balance.column_half[j]);
-      if (value < kMinAffinity) value = kMinAffinity;  // NaN stays
-      return value * weight[j];
+    const auto affinity_of = [&](int64_t j) {
+      return affinity(scaled(local, j), rate, balance.row_half[i], balance.column_half[j],
+                      weight[j]);
     };
     float repulsion = 0, attraction = 0;
     if (call.balanced) {
       repulsion = balance.repulsion[i], attraction = balance.attraction[i];
     } else {
       for (int64_t j = lane; j < call.points; j += kWarp) {
-        (j < repelling ? repulsion : attraction) += affinity(j);
+        (j < repelling ? repulsion : attraction) += affinity_of(j);
       }
       repulsion = warp_sum(repulsion), attraction = warp_sum(attraction);
       if (lane == 0) balance.repulsion[i] = repulsion, balance.attraction[i] = attraction;
@@ -158,7 +147,7 @@ __global__ void __launch_bounds__(kThreads) coefficient_kernel(const ForceCall c
     const float factor = (call.factors == nullptr ? 1.0f : call.factors[t]) / unit;
     repulsion *= factor, attraction *= factor;
     for (int64_t j = lane; j < call.points; j += kWarp) {
-      const float coefficient = affinity(j) * (j < repelling ? -attraction : repulsion);
+      const float coefficient = affinity_of(j) * (j < repelling ? -attraction : repulsion);
       row[j] = t == first ? coefficient : row[j] + coefficient;
     }
   }

@@ -1,6 +1,6 @@
 #include "prior.h"
 
-#include "../common/checks.h"
+#include "../common/prior_arguments.h"
 #include "device.h"
 
 #include <ATen/ops/empty.h>
@@ -30,10 +30,8 @@ Tensor entropy_to_sigma(const Tensor& entropy, double sigma_max, double tau, dou
 Tensor entropy_to_sigma_backward(const Tensor& grad, const Tensor& entropy, double sigma_max,
                                  double tau, double entropy_max) {
   const char* op = "entropy_to_sigma_backward";
+  check_sigma_gradient(op, grad, entropy);
   const Scalar type = scalar_of(op, "entropy", entropy);
-  TORCH_CHECK_TYPE(grad.scalar_type() == at::kFloat, op,
-                   ": grad must have the dtype of sigma, got ", grad.scalar_type());
-  check_shape(op, "grad", grad, entropy.sizes());
   const Tensor values = entropy.contiguous(), grads = grad.contiguous();
   const Tensor result = at::empty(entropy.sizes(), entropy.options());
   const DeviceScope scope(entropy);
@@ -45,24 +43,11 @@ Tensor entropy_to_sigma_backward(const Tensor& grad, const Tensor& entropy, doub
   return result;
 }
 
-// Of entropy_prior and its backward pass: `like` is the mean or its gradient.
-Scalar check_prior(const char* op, const char* name, const Tensor& like, const Tensor& entropy,
-                   const Tensor& noise) {
-  const Scalar type = scalar_of(op, name, like);
-  check_floating(op, "entropy", entropy);
-  TORCH_CHECK_VALUE(like.dim() >= 1, op, ": ", name, " must have at least 1 dimension");
-  check_like(op, "noise", noise, like);
-  check_shape(op, "noise", noise, like.sizes());
-  check_shape(op, "entropy", entropy, like.sizes().slice(0, like.dim() - 1));
-  TORCH_CHECK_VALUE(entropy.device() == like.device(), op, ": entropy must be on ", like.device(),
-                    ", got ", entropy.device());
-  return type;
-}
-
 Tensor entropy_prior(const Tensor& mean, const Tensor& entropy, const Tensor& noise,
                      double sigma_max, double tau, double entropy_max) {
   const char* op = "entropy_prior";
-  const Scalar type = check_prior(op, "mean", mean, entropy, noise);
+  check_prior(op, "mean", mean, entropy, noise);
+  const Scalar type = scalar_of(op, "mean", mean);
   const Tensor means = mean.contiguous(), noises = noise.contiguous();
   const Tensor entropies = entropy.to(at::kFloat).contiguous();
   const Tensor out = at::empty(mean.sizes(), mean.options());
@@ -80,7 +65,8 @@ std::tuple<Tensor, Tensor> entropy_prior_backward(const Tensor& grad, const Tens
                                                   double entropy_max, bool need_entropy,
                                                   bool need_noise) {
   const char* op = "entropy_prior_backward";
-  const Scalar type = check_prior(op, "grad", grad, entropy, noise);
+  check_prior(op, "grad", grad, entropy, noise);
+  const Scalar type = scalar_of(op, "grad", grad);
   const Tensor grads = grad.contiguous(), noises = noise.contiguous();
   const Tensor entropies = entropy.to(at::kFloat).contiguous();
   const Tensor grad_entropy = need_entropy ? at::empty(entropy.sizes(), entropies.options())

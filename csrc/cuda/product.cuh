@@ -3,7 +3,7 @@
 // A tile of a matrix product of fp32 matrices on the tensor cores, to fp32 accuracy: with
 // x = high + low, both of tf32, a b = a_low b_high + a_high b_low + a_high b_high, to 2^-21.
 //
-// Operands stream through shared memory in chunks of kDepth, kStages of them in flight.
+// Operands of a tile stream through shared memory in chunks of kDepth, kStages of them in flight.
 
 #include "launch.cuh"
 #include "ptx.cuh"
@@ -26,36 +26,6 @@ struct Matrix {
   int64_t stride, rows;
 };
 
-// What a warp accumulates: 32 x 32 values in 2 x 4 fragments.
-struct TileSum {
-  float values[2][4][4] = {};
-
-  // visit(row, column, value), relative to the tile, a thread a column at a time: through shared
-  // memory, so that rows are visited as they lie. All threads take part.
-  template <typename Visit>
-  __device__ __forceinline__ void each(float* shared, Visit&& visit) const {
-    const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
-    float* own = shared + (warp / 4 * 32 + g) * kWideStride + warp % 4 * 32 + 2 * t;
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          own[(m * 16 + i / 2 * 8) * kWideStride + n * 8 + i % 2] = values[m][n][i];
-        }
-      }
-    }
-    __syncthreads();
-    for (int at = threadIdx.x; at < kTileRows * kTileColumns; at += kProductThreads) {
-      const int row = at / kTileColumns, column = at % kTileColumns;
-      visit(row, column, shared[row * kWideStride + column]);
-    }
-  }
-};
-// Shared memory that each() takes, in values.
-constexpr int kTileShared = kTileRows * kWideStride;
-
 template <int count>
 __device__ __forceinline__ void split(const float (&x)[count], uint32_t (&high)[count],
                                       uint32_t (&low)[count]) {
@@ -65,6 +35,85 @@ __device__ __forceinline__ void split(const float (&x)[count], uint32_t (&high)[
     low[i] = ptx::round_tf32(x[i] - __uint_as_float(high[i]));
   }
 }
+
+// What a warp accumulates: 16 m x 8 n values.
+template <int m, int n>
+struct WarpSum {
+  float values[m][n][4] = {};
+
+  // Adds A B, or A B^T if `transposed`: rows of A from `a` on and, if transposed, rows of B from
+  // `b` on, else its columns; `depth`, a multiple of 8, is unrolled in steps of 8.
+  template <bool transposed, int unrolled>
+  __device__ __forceinline__ void add_product(const float* a, int a_stride, const float* b,
+                                              int b_stride, int depth) {
+    const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+#pragma unroll unrolled
+    for (int k = 0; k < depth; k += 8) {
+      uint32_t a_high[m][4], a_low[m][4];
+#pragma unroll
+      for (int row = 0; row < m; ++row) {
+        const float* at = a + (row * 16 + g) * a_stride + k + t;
+        const float operand[4] = {at[0], at[8 * a_stride], at[4], at[8 * a_stride + 4]};
+        split(operand, a_high[row], a_low[row]);
+      }
+#pragma unroll
+      for (int column = 0; column < n; ++column) {
+        const int own = column * 8 + g;
+        float operand[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int inner = k + t + 4 * i;
+          operand[i] = transposed ? b[own * b_stride + inner] : b[inner * b_stride + own];
+        }
+        uint32_t b_high[2], b_low[2];
+        split(operand, b_high, b_low);
+#pragma unroll
+        for (int row = 0; row < m; ++row) {
+          ptx::mma_tf32(values[row][column], a_low[row], b_high);
+          ptx::mma_tf32(values[row][column], a_high[row], b_low);
+          ptx::mma_tf32(values[row][column], a_high[row], b_high);
+        }
+      }
+    }
+  }
+
+  // visit(row, column, value) for what this lane holds.
+  template <typename Visit>
+  __device__ __forceinline__ void each(Visit&& visit) const {
+    const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int row = 0; row < m; ++row) {
+#pragma unroll
+      for (int column = 0; column < n; ++column) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          visit(row * 16 + g + i / 2 * 8, column * 8 + 2 * t + i % 2, values[row][column][i]);
+        }
+      }
+    }
+  }
+};
+
+// What a block accumulates: a tile, 32 x 32 values a warp.
+struct TileSum {
+  WarpSum<2, 4> own;
+
+  // visit(row, column, value), relative to the tile, a thread a column at a time: through shared
+  // memory, so that rows are visited as they lie. All threads take part.
+  template <typename Visit>
+  __device__ __forceinline__ void each(float* shared, Visit&& visit) const {
+    const int warp = threadIdx.x / kWarp;
+    float* target = shared + warp / 4 * 32 * kWideStride + warp % 4 * 32;
+    own.each([&](int row, int column, float value) { target[row * kWideStride + column] = value; });
+    __syncthreads();
+    for (int at = threadIdx.x; at < kTileRows * kTileColumns; at += kProductThreads) {
+      const int row = at / kTileColumns, column = at % kTileColumns;
+      visit(row, column, shared[row * kWideStride + column]);
+    }
+  }
+};
+// Shared memory that each() takes, in values.
+constexpr int kTileShared = kTileRows * kWideStride;
 
 // `count` rows of `width` values from (row, column) on to shared memory.
 template <int count, int width, int shared_stride>
@@ -104,7 +153,7 @@ __device__ __forceinline__ TileSum multiply(const Matrix& a, const Matrix& b, in
     ptx::commit_copies();
   };
   constexpr int kUnrolled = transposed ? 2 : 4;  // what fits into registers
-  const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+  const int warp = threadIdx.x / kWarp, row_of_warp = warp / 4 * 32, column_of_warp = warp % 4 * 32;
   TileSum sum;
   for (int chunk = 0; chunk < kStages - 1; ++chunk) load(chunk);
   for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -114,35 +163,10 @@ __device__ __forceinline__ TileSum multiply(const Matrix& a, const Matrix& b, in
     const float* own_a = shared + chunk % kStages * kStageFloats;
     const float* own_b = own_a + kTileRows * kRowStride;
     visit(own_a, own_b);
-#pragma unroll kUnrolled
-    for (int k = 0; k < kDepth; k += 8) {
-      uint32_t a_high[2][4], a_low[2][4];
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        const float* at = own_a + (warp / 4 * 32 + m * 16 + g) * kRowStride + k + t;
-        const float values[4] = {at[0], at[8 * kRowStride], at[4], at[8 * kRowStride + 4]};
-        split(values, a_high[m], a_low[m]);
-      }
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const int first = warp % 4 * 32 + n * 8 + g;
-        float values[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int inner = k + t + 4 * i;
-          values[i] =
-              transposed ? own_b[first * kRowStride + inner] : own_b[inner * kWideStride + first];
-        }
-        uint32_t b_high[2], b_low[2];
-        split(values, b_high, b_low);
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          ptx::mma_tf32(sum.values[m][n], a_low[m], b_high);
-          ptx::mma_tf32(sum.values[m][n], a_high[m], b_low);
-          ptx::mma_tf32(sum.values[m][n], a_high[m], b_high);
-        }
-      }
-    }
+    constexpr int kStride = transposed ? kRowStride : kWideStride;
+    sum.own.add_product<transposed, kUnrolled>(own_a + row_of_warp * kRowStride, kRowStride,
+                                               own_b + column_of_warp * (transposed ? kStride : 1),
+                                               kStride, kDepth);
   }
   ptx::wait_copies<0>();
   __syncthreads();  // shared memory is free again

@@ -1,6 +1,6 @@
 #include "tree.h"
 
-#include "../common/checks.h"
+#include "../common/tree_arguments.h"
 #include "device.h"
 
 #include <ATen/TensorOperators.h>
@@ -16,28 +16,15 @@ namespace {
 using at::Tensor;
 using VerdictTensors = std::tuple<Tensor, Tensor, Tensor>;
 
-// Parents [1 | batch, nodes] as contiguous int64. Their values stay on the device: the kernels
-// reject nodes with a parent that is not -1 or an earlier node.
-Tensor device_parents(const char* op, const Tensor& parents, const Tensor& model, int64_t batch,
-                      int64_t nodes) {
-  check_integer(op, "parents", parents);
-  check_rank(op, "parents", parents, 2);
-  TORCH_CHECK_VALUE(parents.device() == model.device(), op, ": parents must be on ", model.device(),
-                    ", got ", parents.device());
-  TORCH_CHECK_VALUE((parents.size(0) == 1 || parents.size(0) == batch) && parents.size(1) == nodes,
-                    op, ": parents must hold 1 or ", batch, " trees of ", nodes,
-                    " nodes, got shape ", parents.sizes());
-  TORCH_CHECK_NOT_IMPLEMENTED(nodes <= kMaxNodes, op, ": a tree must have at most ", kMaxNodes,
-                              " nodes on this backend, got ", nodes);
-  return parents.to(at::kLong).contiguous();
-}
-
-// Runs the call, whose criterion of acceptance is set, on the tree.
+// Runs the call, whose criterion of acceptance is set, on the tree. The values of parents stay on
+// the device: the kernels reject nodes with a parent that is not -1 or an earlier node.
 VerdictTensors walk(const char* op, TreeCall& call, const Tensor& parents, const Tensor& model,
                     int64_t max_depth) {
-  TORCH_CHECK_VALUE(max_depth >= 0, op, ": max_depth must be at least 0, got ", max_depth);
+  check_tree(op, parents, model, max_depth);
   call.batch = model.size(0), call.nodes = model.size(1), call.max_depth = max_depth;
-  const Tensor values = device_parents(op, parents, model, call.batch, call.nodes);
+  TORCH_CHECK_NOT_IMPLEMENTED(call.nodes <= kMaxNodes, op, ": a tree must have at most ", kMaxNodes,
+                              " nodes on this backend, got ", call.nodes);
+  const Tensor values = parents.to(at::kLong).contiguous();
   const auto index = parents.options().dtype(at::kLong);
   const Tensor length = at::empty({call.batch}, index), node = at::empty({call.batch}, index);
   const Tensor path = at::empty({call.batch, max_depth}, index);
@@ -51,9 +38,7 @@ VerdictTensors walk(const char* op, TreeCall& call, const Tensor& parents, const
 }
 
 VerdictTensors walk_tree(const Tensor& parents, const Tensor& accept, int64_t max_depth) {
-  check_rank("walk_tree", "accept", accept, 2);
-  TORCH_CHECK_TYPE(accept.scalar_type() == at::kBool, "walk_tree: accept must be bool, got ",
-                   accept.scalar_type());
+  check_accept("walk_tree", accept);
   const Tensor accepted = accept.contiguous();
   TreeCall call{};
   call.accept = accepted.const_data_ptr<bool>();
@@ -63,9 +48,7 @@ VerdictTensors walk_tree(const Tensor& parents, const Tensor& accept, int64_t ma
 VerdictTensors verify_tree(const Tensor& parents, const Tensor& draft, const Tensor& target,
                            double tolerance, int64_t max_depth) {
   const char* op = "verify_tree";
-  check_rank(op, "draft", draft, 3);
-  check_like(op, "target", target, draft);
-  check_shape(op, "target", target, draft.sizes());
+  check_drafts(op, draft, target);
   const Tensor drafts = draft.contiguous(), targets = target.contiguous();
   TreeCall call{};
   call.type = scalar_of(op, "draft", draft);
@@ -80,20 +63,9 @@ std::tuple<Tensor, Tensor> verify_chain(const Tensor& draft, const Tensor& draft
                                         const Tensor& draft_std, const Tensor& target_mean,
                                         const Tensor& target_std, const Tensor& seed) {
   const char* op = "verify_chain";
-  check_rank(op, "draft", draft, 3);
+  check_chain(op, draft, draft_mean, draft_std, target_mean, target_std, seed);
   const int64_t batch = draft.size(0), count = draft.size(1), width = draft.size(2);
   const Scalar type = scalar_of(op, "draft", draft);
-  check_shape(op, "draft_mean", draft_mean, {batch, count, width});
-  check_shape(op, "draft_std", draft_std, {batch, count});
-  check_shape(op, "target_mean", target_mean, {batch, count + 1, width});
-  check_shape(op, "target_std", target_std, {batch, count + 1});
-  check_like(op, "draft_mean", draft_mean, draft);
-  check_like(op, "draft_std", draft_std, draft);
-  check_like(op, "target_mean", target_mean, draft);
-  check_like(op, "target_std", target_std, draft);
-  TORCH_CHECK_VALUE(
-      seed.scalar_type() == at::kLong && seed.numel() == 1 && seed.device() == draft.device(), op,
-      ": seed must hold one int64 on ", draft.device());
   const Tensor drafts = draft.contiguous(), draft_means = draft_mean.contiguous(),
                draft_stds = draft_std.contiguous(), target_means = target_mean.contiguous(),
                target_stds = target_std.contiguous();
@@ -126,27 +98,10 @@ Cache cache_of(const Tensor& x) {
 Tensor commit_path(const Tensor& key_cache, const Tensor& value_cache, const Tensor& key_lengths,
                    const Tensor& path, const Tensor& length) {
   const char* op = "commit_path";
-  check_rank(op, "key_cache", key_cache, 4);
-  check_rank(op, "value_cache", value_cache, 4);
-  check_rank(op, "verdict.path", path, 2);
+  check_commit(op, key_cache, value_cache, key_lengths, path, length);
   const int64_t batch = key_cache.size(0), capacity = key_cache.size(2);
-  check_shape(op, "value_cache", value_cache,
-              {batch, key_cache.size(1), capacity, value_cache.size(3)});
-  check_shape(op, "key_lengths", key_lengths, {batch});
-  check_shape(op, "verdict.length", length, {batch});
-  check_shape(op, "verdict.path", path, {batch, path.size(1)});
-  check_floating(op, "key_cache", key_cache);
-  check_floating(op, "value_cache", value_cache);
-  const auto indices = [&](const char* name, const Tensor& x) {
-    check_integer(op, name, x);
-    TORCH_CHECK_VALUE(x.device() == key_cache.device(), op, ": ", name, " must be on ",
-                      key_cache.device(), " like key_cache");
-    return x.to(at::kLong).contiguous();
-  };
-  TORCH_CHECK_VALUE(value_cache.device() == key_cache.device(), op, ": value_cache must be on ",
-                    key_cache.device(), " like key_cache");
-  const Tensor prefix = indices("key_lengths", key_lengths), nodes = indices("verdict.path", path),
-               steps = indices("verdict.length", length);
+  const auto indices = [](const Tensor& x) { return x.to(at::kLong).contiguous(); };
+  const Tensor prefix = indices(key_lengths), nodes = indices(path), steps = indices(length);
   if (key_cache.numel() == 0 && value_cache.numel() == 0) return prefix + steps;
   const Tensor result = at::empty({batch}, prefix.options());
   CommitCall call{};

@@ -5,16 +5,13 @@
 // leave its tensors.
 
 #include "scalar.h"
+#include "tree_plan.h"
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdint>
 
 namespace driftar::cuda {
-
-// Nodes of a tree, whose states lie in shared memory.
-constexpr int64_t kMaxNodes = 4096;
 
 struct Verdict {
   int64_t* length;  // [B]
@@ -46,20 +43,6 @@ struct ChainCall {
   int64_t* length;                 // [B]
   float* next_sample;              // [B, D]
 };
-
-// One cache [B, H, Lmax, D] of any dtype; strides and widths in bytes.
-struct Cache {
-  void* data;
-  int64_t width, element, batch, head, row, column;
-};
-
-// Bytes that a thread moves at once: as many as strides and alignment allow.
-inline int64_t copy_unit(const Cache& cache) {
-  if (cache.column != cache.element) return cache.element;
-  const int64_t common = static_cast<int64_t>(reinterpret_cast<uintptr_t>(cache.data)) |
-                         cache.width | cache.batch | cache.head | cache.row;
-  return std::min<int64_t>(common & -common, 16);
-}
 
 struct CommitCall {
   Cache caches[2];

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import driftar_kernels as dk
+from tests.helpers.drifting import check
 from tests.helpers.emulator import EMULATED, library
 from tests.helpers.inputs import chain, drift_inputs, generator, normal, random_parents
 from tests.helpers.targets import require_backend
@@ -128,6 +129,28 @@ def test_panels_of_distances_equal_all_at_once(monkeypatch: pytest.MonkeyPatch) 
         assert_relative(left, right.double(), 1e-6)
 
 
+@pytest.mark.parametrize("batch", [1, 2], ids=["panels", "blocks"])
+def test_small_problems_by_panels_and_by_blocks(
+    monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    """Of so few multiprocessors two problems are many."""
+    monkeypatch.setattr(dk.drift, "MIN_PROBLEMS", 1)
+    gen, pos, neg, weights = drift_inputs(batch, 40, 50, 7, 70, weighted=True)
+    check(gen, pos, neg, **weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_points_as_they_lie_in_memory(dtype: torch.dtype) -> None:
+    """Rows that are copied 16 bytes at a time, and rows that are not."""
+    gen, pos, neg, _ = drift_inputs(16, 9, 8, 3, 48, dtype=dtype)
+    whole = dk.drift_field(gen, pos, neg)
+    for apart in (lambda x: x.mT.contiguous().mT, lambda x: torch.cat([x, x], 2)[..., :48]):
+        moved = dk.drift_field(apart(gen), apart(pos), apart(neg))
+        assert_bitwise(list(whole), list(moved))
+    shifted = torch.empty(gen.numel() + 1, dtype=dtype)[1:].view(gen.shape).copy_(gen)
+    assert_bitwise(list(whole), list(dk.drift_field(shifted, pos, neg)))
+
+
 def test_trees_have_a_largest_size() -> None:
     parents = torch.full((4097,), -1)
     with pytest.raises(NotImplementedError, match="4096"):
@@ -149,44 +172,3 @@ def test_caches_of_two_widths(width: int) -> None:
         assert torch.equal(moved[1, :, 6:8], cache[1, :, [6, 10]])
         assert torch.equal(moved[:, :, :4], cache[:, :, :4])
 
-
-@pytest.mark.parametrize("blocks", [1, 7, 264, 1000])
-@pytest.mark.parametrize("keys", [0, 1, 64, 257, 4096, 100_000])
-def test_splits_cover_the_keys(blocks: int, keys: int) -> None:
-    each = ctypes.c_int()
-    plan = library().driftar_plan_splits
-    splits = plan(ctypes.c_int64(blocks), ctypes.c_int64(keys), 64, 132, ctypes.byref(each))
-    assert each.value % 64 == 0 and splits * each.value >= keys
-    assert (splits - 1) * each.value < max(keys, 1)
-    if blocks >= 264 or keys < 512:
-        assert splits == 1  # the queries fill the device, or there is nothing to split
-    if blocks == 1 and keys == 100_000:
-        assert splits > 32
-
-
-def test_heads_are_padded() -> None:
-    widths = {1: 64, 64: 64, 65: 128, 80: 128, 128: 128, 129: 256, 256: 256}
-    assert {width: library().driftar_plan_width(width) for width in widths} == widths
-
-
-def test_caches_move_in_the_widest_units() -> None:
-    def unit(address: int, width: int, element: int, row: int, column: int) -> int:
-        sizes = (address, width, element, row, column)
-        found: int = library().driftar_plan_copy_unit(*map(ctypes.c_int64, sizes))
-        return found
-
-    assert unit(4096, 128, 2, 128, 2) == 16
-    assert unit(4096 + 8, 128, 2, 128, 2) == 8  # the address
-    assert unit(4096, 12, 4, 128, 4) == 4  # the width
-    assert unit(4096, 128, 2, 130, 2) == 2  # the rows
-    assert unit(4096, 128, 2, 128, 4) == 2  # apart
-
-
-def test_panels_are_whole_tiles() -> None:
-    def rows(*sizes: int) -> int:
-        found: int = library().driftar_plan_panel(*map(ctypes.c_int64, sizes))
-        return found
-
-    assert rows(1, 8000, 16000, 1 << 24) == 1024
-    assert rows(1, 100, 200, 1 << 24) == 100
-    assert rows(64, 1000, 1 << 20, 1 << 24) == 64

@@ -52,8 +52,6 @@ def library() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library_path()))
     for name in ("driftar_emulator_run", "driftar_emulator_multiply"):
         getattr(loaded, name).restype = ctypes.c_char_p
-    for name in ("driftar_plan_copy_unit", "driftar_plan_panel"):
-        getattr(loaded, name).restype = ctypes.c_int64
     return loaded
 
 

@@ -39,9 +39,13 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : driftar::emulator::fault_message();
 }
 
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 4;  // few, so that small tests meet one split of the keys and several
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  // Few multiprocessors, so that small tests meet one split of the keys and several.
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : 163 << 10;
   return cudaSuccess;
 }
 

@@ -1,0 +1,7 @@
+#pragma once
+
+namespace driftar {
+
+enum class EntropyKind { none, head, map };
+
+}  // namespace driftar
