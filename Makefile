@@ -13,11 +13,11 @@ SEED ?= 0
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-triton test-cuda test-all bench lint format seeds clean help
+.PHONY: demo test test-amx test-triton test-cuda test-all bench lint format seeds clean help
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
-	@echo "targets: demo test test-triton test-cuda test-all bench lint format seeds clean"
+	@echo "targets: demo test test-amx test-triton test-cuda test-all bench lint format seeds clean"
 
 # A PyTorch that is already in the environment is kept.
 $(VENV)/.torch:
@@ -42,6 +42,18 @@ seeds: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "not slow"
+
+# bf16 attention on AMX, whose instructions an emulator carries out. It handles the signal that
+# pytest's own fault handler would take.
+AMX_EMULATOR := $(abspath build/libamx_emulator.so)
+
+$(AMX_EMULATOR): tests/amx_emulator/emulator.cpp
+	mkdir -p $(@D)
+	$(CXX) -std=c++20 -O3 -march=native -Wall -Wextra -shared -fPIC -o $@ $<
+
+test-amx: $(VENV)/.ready $(AMX_EMULATOR)
+	LD_PRELOAD=$(AMX_EMULATOR) DRIFTAR_KERNELS_ISA=amx $(BIN)/python -m pytest -q -n auto \
+		-p no:faulthandler -k "amx or (cpu and bf16)" $(wildcard tests/driftar_kernels/test_attention*.py)
 
 # Triton comes with CUDA builds of PyTorch; elsewhere it is installed here.
 TRITON ?= triton==3.7.1

@@ -70,6 +70,9 @@ pybind11::dict build_info() {
 #ifdef DRIFTAR_HAS_AVX512
   built += std::string(" ") + driftar::cpu::isa_name(Isa::avx512);
 #endif
+#ifdef DRIFTAR_HAS_AMX
+  built += std::string(" ") + driftar::cpu::isa_name(Isa::amx);
+#endif
   pybind11::dict info;
   info["torch"] = TORCH_VERSION;
   info["compiler"] = DRIFTAR_COMPILER;

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 namespace driftar::cpu {
@@ -20,6 +21,10 @@ namespace {
 
 using at::Tensor;
 using std::optional;
+
+// The dtypes whose kernels are also built for AMX.
+template <typename scalar_t>
+constexpr bool kHasAmx = std::is_same_v<scalar_t, at::BFloat16>;
 
 template <typename T>
 Operand<const T> operand(const Tensor& x) {
@@ -123,6 +128,33 @@ T* data_or_null(const Tensor& x) {
   return x.numel() == 0 ? nullptr : x.mutable_data_ptr<T>();
 }
 
+// The memory of a call's panels.
+struct PanelStorage {
+  Tensor keys, values, finite;
+  int64_t tasks = 0;  // panels to fill
+
+  // Nothing, unless AMX has whole strips to multiply.
+  template <typename scalar_t>
+  PanelStorage(AttentionForward<scalar_t>& call, const at::TensorOptions& options) {
+    if constexpr (kHasAmx<scalar_t>) {
+      if (active_isa() != Isa::amx || call.blocking.rows * call.blocking.heads < kAmxRows) return;
+      PackedPanels<scalar_t>& panels = call.panels;
+      panels.split_key =
+          call.entropy == EntropyKind::none ? 0 : std::min(call.entropy_from, call.key_length);
+      panels.split_panel = blocks(panels.split_key, kPanelKeys);
+      panels.count = panels.split_panel + blocks(call.key_length - panels.split_key, kPanelKeys);
+      tasks = call.batch * call.key_heads * panels.count;
+      const int64_t value_width = padded<accumulate_t<scalar_t>>(call.value_width);
+      keys = at::empty({tasks * kPanelKeys, padded<scalar_t>(call.width)}, options);
+      values = at::empty({tasks * kPanelKeys, value_width}, options);
+      finite = at::empty({tasks}, options.dtype(at::kByte));
+      panels.keys = keys.template mutable_data_ptr<scalar_t>();
+      panels.values = values.template mutable_data_ptr<scalar_t>();
+      panels.finite = finite.template mutable_data_ptr<uint8_t>();
+    }
+  }
+};
+
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -170,6 +202,7 @@ ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Te
     call.blocking = map ? map_blocking(call) : QueryBlocking{};
     const bool one_pass = call.blocking.rows > 0;
     if (!one_pass) call.blocking = query_blocking(call, thread_count());
+    const PanelStorage panels(call, query.options());
     const QueryBlocking& blocking = call.blocking;
     const int64_t tasks =
         one_pass ? call.batch * blocking.row_blocks
@@ -180,11 +213,16 @@ ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Te
                                        : std::max(forward_scratch(call, forward_key_block(call)),
                                                   map ? map_entropy_scratch(call) : int64_t{0});
     // A small call does not pay for scratch of threads that have nothing to do.
-    const Tensor scratch =
-        at::empty({std::min(thread_count(), std::max(tasks, map_tasks)), slot_size}, statistics);
+    const int64_t most_tasks = std::max({tasks, map_tasks, panels.tasks});
+    const Tensor scratch = at::empty({std::min(thread_count(), most_tasks), slot_size}, statistics);
     acc_t* memory = scratch.mutable_data_ptr<acc_t>();
-    dispatch_isa([&](auto isa) {
+    dispatch_isa<kHasAmx<scalar_t>>([&](auto isa) {
       using Kernel = AttentionKernel<decltype(isa)::value, scalar_t>;
+      if constexpr (decltype(isa)::value == Isa::amx) {
+        parallel_for(panels.tasks, [&](int64_t task, int64_t slot) {
+          Kernel::pack(call, task, memory + slot * slot_size);
+        });
+      }
       parallel_for(tasks, [&](int64_t task, int64_t slot) {
         (one_pass ? Kernel::map_forward : Kernel::forward)(call, task, memory + slot * slot_size);
       });

@@ -35,6 +35,28 @@ struct Visibility {
   int64_t mask_batch, mask_head, mask_row, mask_column;
 };
 
+// Keys of a panel, the depth of an AMX tile.
+constexpr int64_t kPanelKeys = 32;
+
+// Keys and values of all heads in panels of kPanelKeys, as AMX multiplies them. The keys that count
+// for the entropy begin a panel of their own, so that tiles of keys are whole panels.
+template <typename scalar_t>
+struct PackedPanels {
+  scalar_t* keys = nullptr;    // [B, Hkv, panels, kPanelKeys * D padded to 32]
+  scalar_t* values = nullptr;  // [B, Hkv, panels, kPanelKeys * Dv padded to 16]
+  uint8_t* finite = nullptr;   // [B, Hkv, panels]: whether all values are
+  int64_t count = 0;           // panels of a head
+  int64_t split_key = 0, split_panel = 0;
+
+  int64_t panel_of(int64_t key) const {
+    return key < split_key ? key / kPanelKeys : split_panel + (key - split_key) / kPanelKeys;
+  }
+  int64_t first_key(int64_t panel) const {
+    return panel < split_panel ? panel * kPanelKeys
+                               : split_key + (panel - split_panel) * kPanelKeys;
+  }
+};
+
 template <typename scalar_t>
 struct AttentionShape {
   using acc_t = accumulate_t<scalar_t>;
@@ -44,6 +66,7 @@ struct AttentionShape {
   int64_t entropy_from;
   Operand<const scalar_t> query, key, value;
   Visibility visibility;
+  PackedPanels<scalar_t> panels;  // empty where vectors multiply
 };
 
 // How the queries are dealt out: blocks of `rows` queries of `heads` heads that share a key head.
@@ -98,6 +121,8 @@ constexpr int64_t kBackwardKeyBlock = 128;
 constexpr int64_t kDotRows = 2;
 // Rows that a matrix product takes together, at most.
 constexpr int64_t kMaxGemmRows = 8;
+// Rows that AMX takes together. Blocks of fewer are bound by reading the keys.
+constexpr int64_t kAmxRows = 32;
 // The entropy of the head-averaged map holds one tile of every head at once.
 constexpr int64_t kMapQueryBlock = 64;
 constexpr int64_t kMapKeyBlock = 64;
@@ -151,15 +176,24 @@ QueryBlocking map_blocking(const AttentionShape<scalar_t>& shape) {
   return result;
 }
 
+// Rows that AMX may write behind those of a block.
+template <typename scalar_t>
+int64_t amx_slack(const AttentionShape<scalar_t>& shape) {
+  return shape.panels.keys == nullptr ? 0 : kAmxRows;
+}
+
 // Scratch of one thread, in elements of the accumulation type.
 template <typename scalar_t>
 int64_t forward_scratch(const AttentionForward<scalar_t>& call, int64_t keys) {
   using acc_t = accumulate_t<scalar_t>;
   const int64_t width = padded<acc_t>(call.width), value_width = padded<acc_t>(call.value_width);
-  const int64_t rows = call.blocking.rows * call.blocking.heads;
+  // AMX writes whole strips, and the weights of one a second time, rounded.
+  const bool amx = call.panels.keys != nullptr;
+  const int64_t rows = call.blocking.rows * call.blocking.heads + amx_slack(call);
+  const int64_t strip_rows = amx ? kAmxRows + kAmxRows / 2 : kMaxGemmRows;
   const int64_t loaded = rows * width + keys * (width + value_width);
   const int64_t statistics = 2 * rows * padding<acc_t>;
-  return loaded + keys * call.width + rows * value_width + statistics + kMaxGemmRows * keys;
+  return loaded + keys * call.width + rows * value_width + statistics + strip_rows * keys;
 }
 
 template <typename scalar_t>
@@ -167,7 +201,8 @@ int64_t map_forward_scratch(const AttentionForward<scalar_t>& call) {
   using acc_t = accumulate_t<scalar_t>;
   const int64_t stride = whole_panels<scalar_t>(call.key_length);
   const int64_t rows = call.query_heads * call.blocking.rows;
-  return rows * stride + padded<acc_t>(rows) + stride + forward_scratch(call, stride);
+  return (rows + amx_slack(call)) * stride + padded<acc_t>(rows) + stride +
+         forward_scratch(call, stride);
 }
 
 template <typename scalar_t>
@@ -207,6 +242,9 @@ int64_t backward_scratch(const AttentionShape<scalar_t>& shape) {
 template <Isa isa, typename scalar_t>
 struct AttentionKernel {
   using acc_t = accumulate_t<scalar_t>;
+
+  // AMX only. task = (sample, key head, panel): fills the panel.
+  static void pack(const AttentionShape<scalar_t>& call, int64_t task, acc_t* memory);
 
   // task = (sample, key head, head block, row block). Writes everything but the map entropies.
   static void forward(const AttentionForward<scalar_t>& call, int64_t task, acc_t* memory);

@@ -179,7 +179,7 @@ void AttentionKernel<isa, scalar_t>::backward(const AttentionBackward<scalar_t>&
         grad_queries +
         ((block.head - first_key_head * group) * call.query_length + block.row) * stride;
     int64_t seen[kBackwardQueryBlock] = {};
-    for_each_strip(block, tile, [&](const Strip& strip) {
+    for_each_strip(block, tile, kGemmRows<acc_t>, [&](const Strip& strip) {
       acc_t* strip_scores = tile_scores + strip.first * key_block;
       acc_t* strip_gradient = gradient + strip.first * key_block;
       const int64_t count = whole_vectors<acc_t>(strip.columns);
@@ -281,9 +281,6 @@ void AttentionKernel<isa, scalar_t>::store_queries(const AttentionBackward<scala
              call.grad_query + (b * call.query_heads + head) * call.query_length * call.width);
 }
 
-template struct AttentionKernel<Isa::DRIFTAR_ISA, float>;
-template struct AttentionKernel<Isa::DRIFTAR_ISA, double>;
-template struct AttentionKernel<Isa::DRIFTAR_ISA, c10::BFloat16>;
-template struct AttentionKernel<Isa::DRIFTAR_ISA, c10::Half>;
-
 }  // namespace driftar::cpu
+
+#include "attention_instances.h"

@@ -3,7 +3,10 @@
 // One block of queries through all its keys: out and the statistics of every row. Only for kernel
 // files.
 
-#include "attention_tile.h"
+#include "attention_products.h"
+#if defined(__AMX_BF16__)
+#include "attention_amx.h"
+#endif
 
 #include <cmath>
 #include <vector>
@@ -91,82 +94,48 @@ struct KeptScores {
   T* inverses;  // [rows]: 1 / sum over E of what is kept, 0 for an empty row
 };
 
-template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
-void forward_block(const AttentionForward<scalar_t>& call, const QueryBlock<scalar_t>& block,
-                   KeptScores<acc_t> kept, acc_t* memory) {
+template <typename Products, typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
+void forward_block_by(const AttentionForward<scalar_t>& call, const QueryBlock<scalar_t>& block,
+                      KeptScores<acc_t> kept, acc_t* memory) {
   const int64_t rows = block.count();
-  const int64_t width = whole_vectors<acc_t>(call.width);
   const int64_t value_width = whole_vectors<acc_t>(call.value_width);
   const int64_t out_stride = padded<acc_t>(call.value_width);
   const int64_t key_block = kept.scores != nullptr ? kept.stride : forward_key_block(call);
 
   Scratch<acc_t> scratch{memory};
-  acc_t* query_buffer = scratch.take(rows * padded<acc_t>(call.width));
-  acc_t* key_buffer = scratch.take(key_block * padded<acc_t>(call.width));
-  acc_t* value_buffer = scratch.take(key_block * out_stride);
-  acc_t* packed = scratch.take(key_block * call.width);
-  acc_t* scores = scratch.take(kGemmRows<acc_t> * key_block);
-  acc_t* out = scratch.take(rows * out_stride);
+  Products products(block, key_block, scratch);
+  acc_t* scores = scratch.take(Products::strip_rows * key_block);
+  const int64_t out_size = Products::written_rows(rows) * out_stride;
+  acc_t* out = scratch.take(out_size);
   BlockStatistics<acc_t> statistics;
   statistics.totals = scratch.take(rows * statistics.lanes);
   statistics.moments = scratch.take(rows * statistics.lanes);
   statistics.clear(rows);
-  std::fill(out, out + rows * out_stride, acc_t(0));
+  std::fill(out, out + out_size, acc_t(0));
 
-  const bool few = rows <= kDotRows;
-  const bool several_strips = rows > kGemmRows<acc_t>;
   const bool wants_entropy = call.entropy != EntropyKind::none;
   const bool counts = wants_entropy && call.visibility.mask != nullptr;
   std::vector<int64_t> support(counts ? rows : 0);
 
-  const Rows<acc_t> queries = block.load(call.query, call.width, query_buffer);
   const auto absorb_keys = [&](int64_t first, int64_t last, bool keep) {
     for (int64_t column = first; column < last; column += key_block) {
       const Tile tile{column, std::min(key_block, last - column)};
-      const Rows<acc_t> keys = load_rows(call.key, block.b, block.key_head(), column, tile.columns,
-                                         call.width, key_buffer);
-      const Rows<acc_t> values = load_rows(call.value, block.b, block.key_head(), column,
-                                           tile.columns, call.value_width, value_buffer);
-      // The values, and later the next keys, are asked for in portions, so that they travel while
-      // there is something to compute: with a single strip that is too little.
-      for (int64_t c = 0; c < tile.columns; c += kGemmColumns<acc_t>) {
-        const int64_t count = std::min(kGemmColumns<acc_t>, tile.columns - c);
-        if (several_strips) prefetch(values.from(c), count, value_width);
-        if (few) {
-          dot_products(rows, count, width, call.scale, queries, keys.from(c),
-                       (keep ? kept.scores : scores) + c, key_block);
-        } else {
-          pack_transposed(keys.from(c), count, call.width, call.scale, packed + c * call.width);
-        }
-      }
-      const int64_t coming = !several_strips || keys.data == key_buffer
-                                 ? 0
-                                 : std::min(last - column - tile.columns, key_block);
-      const int64_t portion = (coming + rows - 1) / rows;
-      const bool guarded =
-          is_partial(block, tile) && !all_finite(values, tile.columns, value_width);
-      for_each_strip(block, tile, [&](const Strip& strip) {
+      products.load(tile, last);
+      for_each_strip(block, tile, Products::strip_rows, [&](const Strip& strip) {
         acc_t* strip_scores = keep ? kept.scores + strip.first * key_block : scores;
-        const int64_t next = strip.first + strip.rows;
-        prefetch(queries.from(next), std::min(kGemmRows<acc_t>, rows - next), width);
-        if (!few) {
-          score_products(block, strip, queries, packed_panels(packed, call.width), strip_scores,
-                         key_block);
-        }
+        products.multiply_keys(strip, strip_scores);
         hide_keys(block, tile, strip, strip_scores, key_block);
         for (int64_t r = 0; r < strip.rows; ++r) {
           acc_t* row_scores = strip_scores + r * key_block;
           acc_t* row_out = out + (strip.first + r) * out_stride;
-          const int64_t ahead = (strip.first + r) * portion;
-          prefetch(keys.from(tile.columns + ahead), std::min(portion, coming - ahead), width);
+          products.prefetch_keys(strip.first + r);
           if (counts && column >= call.entropy_from) {
             support[strip.first + r] += count_visible(row_scores, strip.columns);
           }
           statistics.absorb(strip.first + r, row_scores, whole_vectors<acc_t>(strip.columns),
                             row_out, value_width);
         }
-        accumulate(strip.rows, value_width, strip.columns, {strip_scores, key_block, 1}, values,
-                   guarded, out + strip.first * out_stride, out_stride);
+        products.multiply_values(strip, strip_scores, out + strip.first * out_stride, out_stride);
       });
     }
   };
@@ -207,6 +176,18 @@ void forward_block(const AttentionForward<scalar_t>& call, const QueryBlock<scal
     call.entropy_cross[i] = -entropy;
     call.entropy_out[i] = entropy * norm;
   }
+}
+
+template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
+void forward_block(const AttentionForward<scalar_t>& call, const QueryBlock<scalar_t>& block,
+                   KeptScores<acc_t> kept, acc_t* memory) {
+#if defined(__AMX_BF16__)
+  if (call.panels.keys != nullptr) {
+    forward_block_by<AmxProducts>(call, block, kept, memory);
+    return;
+  }
+#endif
+  forward_block_by<VectorProducts<scalar_t>>(call, block, kept, memory);
 }
 
 }  // namespace

@@ -21,9 +21,6 @@ void AttentionKernel<isa, scalar_t>::forward(const AttentionForward<scalar_t>& c
   forward_block(call, block, KeptScores<acc_t>{}, memory);
 }
 
-template struct AttentionKernel<Isa::DRIFTAR_ISA, float>;
-template struct AttentionKernel<Isa::DRIFTAR_ISA, double>;
-template struct AttentionKernel<Isa::DRIFTAR_ISA, c10::BFloat16>;
-template struct AttentionKernel<Isa::DRIFTAR_ISA, c10::Half>;
-
 }  // namespace driftar::cpu
+
+#include "attention_instances.h"

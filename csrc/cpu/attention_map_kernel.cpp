@@ -47,7 +47,7 @@ void AttentionKernel<isa, scalar_t>::map_forward(const AttentionForward<scalar_t
   const int64_t stride = whole_panels<scalar_t>(call.key_length);
 
   Scratch<acc_t> scratch{memory};
-  acc_t* kept = scratch.take(heads * rows * stride);
+  acc_t* kept = scratch.take((heads * rows + amx_slack(call)) * stride);
   acc_t* inverses = scratch.take(heads * rows);
   acc_t* logarithms = scratch.take(stride);
   for (int64_t head = 0; head < heads;) {
@@ -129,9 +129,6 @@ void AttentionKernel<isa, scalar_t>::map_entropy(const AttentionForward<scalar_t
   for (int64_t i = row; i < row + rows; ++i) store_map_entropy(call, b, i);
 }
 
-template struct AttentionKernel<Isa::DRIFTAR_ISA, float>;
-template struct AttentionKernel<Isa::DRIFTAR_ISA, double>;
-template struct AttentionKernel<Isa::DRIFTAR_ISA, c10::BFloat16>;
-template struct AttentionKernel<Isa::DRIFTAR_ISA, c10::Half>;
-
 }  // namespace driftar::cpu
+
+#include "attention_instances.h"

@@ -136,13 +136,13 @@ const uint64_t* ancestor_row(const AttentionShape<scalar_t>& shape, int64_t b, i
   return v.ancestors + (b * v.ancestors_batch * nodes + i) * ancestor_words(nodes);
 }
 
-// Calls body(strip) for the strips of a block that see some key of the tile.
+// Calls body(strip) for the strips of `most_rows` rows of a block that see some key of the tile.
 template <typename scalar_t, typename Body>
-void for_each_strip(const QueryBlock<scalar_t>& block, const Tile& tile, Body&& body) {
-  using acc_t = accumulate_t<scalar_t>;
+void for_each_strip(const QueryBlock<scalar_t>& block, const Tile& tile, int64_t most_rows,
+                    Body&& body) {
   const Visibility& v = block.shape.visibility;
-  for (int64_t first = 0; first < block.count(); first += kGemmRows<acc_t>) {
-    const int64_t rows = std::min(kGemmRows<acc_t>, block.count() - first);
+  for (int64_t first = 0; first < block.count(); first += most_rows) {
+    const int64_t rows = std::min(most_rows, block.count() - first);
     int64_t most = 0, least = tile.columns;
     for (int64_t r = first; r < first + rows; ++r) {
       const int64_t end = visible_end(block.shape, block.b, block.query_of(r)) - tile.column;
@@ -251,7 +251,7 @@ void map_probabilities(const QueryBlock<scalar_t>& block, const Tile& tile,
                        int64_t stride, acc_t* probabilities, acc_t* average) {
   const Vector<acc_t> share(acc_t(1) / static_cast<acc_t>(block.shape.query_heads));
   std::fill(probabilities, probabilities + block.rows * stride, acc_t(0));
-  for_each_strip(block, tile, [&](const Strip& strip) {
+  for_each_strip(block, tile, kGemmRows<acc_t>, [&](const Strip& strip) {
     score_products(block, strip, queries, keys, probabilities + strip.first * stride, stride);
     hide_keys(block, tile, strip, probabilities + strip.first * stride, stride);
     for (int64_t r = strip.first; r < strip.first + strip.rows; ++r) {

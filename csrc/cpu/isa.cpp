@@ -1,5 +1,6 @@
 #include "isa.h"
 
+#include <ATen/cpu/Utils.h>
 #include <c10/util/Exception.h>
 
 #include <cstdlib>
@@ -18,16 +19,29 @@ bool has_avx512() {
 #endif
 }
 
+// Linux lends the tile registers to processes that ask for them, which init_amx() does. Every
+// processor with tiles multiplies bf16.
+bool has_amx() {
+#ifdef DRIFTAR_HAS_AMX
+  return has_avx512() && at::cpu::init_amx();
+#else
+  return false;
+#endif
+}
+
 Isa choose() {
   const char* wanted = std::getenv("DRIFTAR_KERNELS_ISA");
   const std::string name = wanted == nullptr ? "" : wanted;
-  if (name.empty()) return has_avx512() ? Isa::avx512 : Isa::baseline;
+  if (name.empty()) return has_amx() ? Isa::amx : has_avx512() ? Isa::avx512 : Isa::baseline;
   if (name == isa_name(Isa::baseline)) return Isa::baseline;
-  TORCH_CHECK_VALUE(name == isa_name(Isa::avx512), "DRIFTAR_KERNELS_ISA must be ",
-                    isa_name(Isa::baseline), " or avx512, got ", name);
-  TORCH_CHECK(has_avx512(), "DRIFTAR_KERNELS_ISA=avx512, but ",
-              "this build or this processor does not have AVX-512");
-  return Isa::avx512;
+  TORCH_CHECK_VALUE(name == isa_name(Isa::avx512) || name == isa_name(Isa::amx),
+                    "DRIFTAR_KERNELS_ISA must be ", isa_name(Isa::baseline),
+                    ", avx512 or amx, got ", name);
+  const bool amx = name == isa_name(Isa::amx);
+  TORCH_CHECK(amx ? has_amx() : has_avx512(), "DRIFTAR_KERNELS_ISA=", name,
+              ", but this build, this processor or its kernel does not have ",
+              amx ? "AMX" : "AVX-512");
+  return amx ? Isa::amx : Isa::avx512;
 }
 
 }  // namespace
@@ -38,6 +52,7 @@ Isa active_isa() {
 }
 
 const char* isa_name(Isa isa) {
+  if (isa == Isa::amx) return "amx";
   if (isa == Isa::avx512) return "avx512";
 #if defined(__x86_64__) && !defined(DRIFTAR_PORTABLE)
   return "avx2";

@@ -1,0 +1,110 @@
+#pragma once
+
+// The same on AMX, for bf16: rows as they are, keys and values from panels that all query blocks
+// share, weights rounded to bf16, sums in fp32. Only for kernel files compiled with AMX.
+
+#include "amx.h"
+#include "attention_products.h"
+
+namespace driftar::cpu {
+namespace {
+
+struct AmxProducts {
+  using scalar_t = c10::BFloat16;
+  static constexpr int64_t strip_rows = 2 * kTileRows;
+  static constexpr int64_t written_rows(int64_t rows) { return tiles(rows, kTileRows) * kTileRows; }
+  static constexpr int64_t tiles(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+  TileRegisters registers;
+  const QueryBlock<scalar_t>& block;
+  const AttentionShape<scalar_t>& shape;
+  int64_t key_block, width, value_width;
+  scalar_t *queries, *weights;  // [written rows, width], [strip_rows, key_block]
+  float* value_buffer;
+  Tile tile{};
+  TileOperand keys{}, values{};
+  bool guarded = false;
+
+  AmxProducts(const QueryBlock<scalar_t>& query_block, int64_t keys_per_tile,
+              Scratch<float>& scratch)
+      : block(query_block),
+        shape(query_block.shape),
+        key_block(keys_per_tile),
+        width(padded<scalar_t>(shape.width)),
+        value_width(padded<float>(shape.value_width)) {
+    const int64_t rows = written_rows(block.count());
+    queries = reinterpret_cast<scalar_t*>(scratch.take(rows * width / 2));
+    weights = reinterpret_cast<scalar_t*>(scratch.take(strip_rows * key_block / 2));
+    value_buffer = scratch.take(key_block * value_width);
+    for (int64_t h = 0; h < block.heads; ++h) {
+      copy_rows(shape.query, block.b, block.head + h, block.row, block.rows, shape.width,
+                queries + h * block.rows * width);
+    }
+    std::fill(queries + block.count() * width, queries + rows * width, scalar_t(0));
+  }
+
+  void load(const Tile& next, int64_t) {
+    tile = next;
+    const PackedPanels<scalar_t>& panels = shape.panels;
+    const int64_t head = block.b * shape.key_heads + block.key_head();
+    const int64_t first = head * panels.count + panels.panel_of(tile.column);
+    keys = {panels.keys + first * kPanelKeys * width, kTileSize, width / kTileDepth * kTileSize};
+    values = {panels.values + first * kPanelKeys * value_width,
+              value_width / kTileColumns * kTileSize, kTileSize};
+    const int64_t count = tiles(tile.columns, kPanelKeys);
+    // The rest of the last panel may hold keys that this block does not see.
+    const bool hides = is_partial(block, tile) || tile.columns % kPanelKeys != 0;
+    guarded = hides && !std::all_of(panels.finite + first, panels.finite + first + count,
+                                    [](uint8_t finite) { return finite != 0; });
+    if (guarded) {
+      copy_rows(shape.value, block.b, block.key_head(), tile.column, tile.columns,
+                shape.value_width, value_buffer);
+    }
+  }
+
+  void multiply_keys(const Strip& strip, float* scores) const {
+    const int64_t columns = tiles(strip.columns, kTileColumns);
+    multiply_tiles(tiles(strip.rows, kTileRows), columns, width / kTileDepth,
+                   queries + strip.first * width, width, keys, /*add=*/false, scores, key_block);
+    const Vector<float> scale(shape.scale);
+    for (int64_t r = 0; r < strip.rows; ++r) {
+      float* row = scores + r * key_block;
+      for (int64_t j = 0; j < columns * kTileColumns; j += Vector<float>::size()) {
+        (Vector<float>::loadu(row + j) * scale).store(row + j);
+      }
+    }
+  }
+
+  void prefetch_keys(int64_t) const {}  // the panels lie in the order of their use
+
+  void multiply_values(const Strip& strip, const float* exponentials, float* out,
+                       int64_t out_stride) const {
+    if (guarded) {
+      accumulate(strip.rows, value_width, strip.columns, {exponentials, key_block, 1},
+                 Rows<float>{value_buffer, value_width}, guarded, out, out_stride);
+      return;
+    }
+    // Rows behind the strip's are multiplied as they are: nobody reads what they give.
+    for (int64_t r = 0; r < strip.rows; ++r) {
+      narrow(exponentials + r * key_block, strip.columns, weights + r * key_block);
+    }
+    multiply_tiles(tiles(strip.rows, kTileRows), value_width / kTileColumns,
+                   tiles(strip.columns, kTileDepth), weights, key_block, values, /*add=*/true, out,
+                   out_stride);
+  }
+
+  // Rounds a row of whole fp32 vectors; zeros fill it up to whole tiles.
+  static void narrow(const float* row, int64_t count, scalar_t* target) {
+    constexpr int64_t lanes = Vector<float>::size();
+    static_assert(2 * lanes == kTileDepth);
+    for (int64_t j = 0; j < count; j += kTileDepth) {
+      const auto low = Vector<float>::loadu(row + j);
+      const auto high =
+          j + lanes < count ? Vector<float>::loadu(row + j + lanes) : Vector<float>(0);
+      at::vec::convert_from_float<scalar_t>(low, high).store(target + j);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace driftar::cpu

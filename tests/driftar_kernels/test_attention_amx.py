@@ -1,0 +1,273 @@
+"""bf16 attention on AMX tiles, which multiply for blocks of 32 queries and more.
+
+`make test-amx` runs this file anywhere, with the emulator of tests/amx_emulator.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from driftar_kernels import _library, attention, use_backend
+from tests.driftar_kernels.test_attention import check
+from tests.helpers.inputs import (
+    LAYOUTS,
+    AttentionCase,
+    Options,
+    attention_truth,
+    bool_mask,
+    float_mask,
+    in_layout,
+    random_parents,
+    run_attention,
+    trainable,
+)
+from tests.helpers.tolerance import assert_bitwise, assert_close_to_truth
+
+if _library.build_info.get("active_instruction_set") != "amx":
+    pytest.skip("make test-amx tests AMX where there is none", allow_module_level=True)
+
+EMULATED = "amx_emulator" in os.environ.get("LD_PRELOAD", "")
+on_emulator = pytest.mark.skipif(not EMULATED, reason="asks the emulator: make test-amx")
+
+CASE = AttentionCase(batch=2, heads=2, kv_heads=2, queries=37, keys=70, dim=24, value_dim=17)
+CASES: dict[str, AttentionCase] = {
+    "plain": CASE,
+    "scale": replace(CASE, options=lambda c, s: {"scale": -0.4}),
+    "causal": replace(CASE, queries=70, options=lambda c, s: {"is_causal": True}),
+    "causal_offsets": replace(
+        CASE, options=lambda c, s: {"is_causal": True, "query_offset": torch.tensor([-9, 33])}
+    ),
+    "lengths": replace(
+        CASE, batch=4, options=lambda c, s: {"key_lengths": torch.tensor([0, 1, 70, 33])}
+    ),
+    "gqa": replace(CASE, heads=6, kv_heads=2, queries=12),
+    "gqa_blocks_of_heads": replace(CASE, heads=3, kv_heads=1, queries=33),
+    "bool_mask": replace(CASE, options=lambda c, s: {"attn_mask": bool_mask(37, 70, seed=s)}),
+    "float_mask": replace(
+        CASE, options=lambda c, s: {"attn_mask": float_mask(2, 1, 37, 70, seed=s)}
+    ),
+    "tree": replace(
+        CASE,
+        options=lambda c, s: {
+            "parents": random_parents(37, batch=2, seed=s),
+            "key_lengths": torch.tensor([33, 7]),
+        },
+    ),
+    "several_blocks": replace(
+        CASE,
+        batch=1,
+        heads=1,
+        kv_heads=1,
+        queries=530,
+        keys=700,
+        options=lambda c, s: {"is_causal": True, "query_offset": 170, "entropy_from": 37},
+    ),
+    "everything": replace(
+        CASE,
+        batch=3,
+        heads=4,
+        options=lambda c, s: {
+            "attn_mask": float_mask(3, 1, 37, 70, seed=s),
+            "is_causal": True,
+            "query_offset": torch.tensor([26, 0, -4]),
+            "key_lengths": torch.tensor([70, 20, 64]),
+            "entropy_from": 5,
+        },
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def chosen_backend() -> Iterator[None]:
+    with use_backend("cpu"):
+        yield
+
+
+def inputs(case: AttentionCase, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    return case.qkv(seed=seed, dtype=torch.bfloat16)
+
+
+def emulator() -> ctypes.CDLL:
+    library = ctypes.CDLL(None)
+    for name in ("amx_emulator_products", "amx_emulator_configured_threads"):
+        getattr(library, name).restype = ctypes.c_int64
+    return library
+
+
+@pytest.mark.parametrize("entropy", ["head", "map", "none"])
+@pytest.mark.parametrize("name", list(CASES))
+def test_case(name: str, entropy: str) -> None:
+    case = CASES[name]
+    check(*inputs(case), case.keywords(), entropy=entropy)
+
+
+@pytest.mark.parametrize("keys", [1, 15, 16, 17, 31, 32, 33, 64, 65, 257])
+@pytest.mark.parametrize("queries", [32, 33, 47, 48, 49, 65])
+def test_lengths(queries: int, keys: int) -> None:
+    case = replace(CASE, batch=1, heads=1, kv_heads=1, queries=queries, keys=keys)
+    for keywords in ({}, {"is_causal": True, "query_offset": keys - queries}):
+        check(*inputs(case, seed=keys), dict(keywords))
+
+
+@pytest.mark.parametrize("dim", [1, 8, 16, 31, 32, 33, 40, 64, 72, 80, 96, 128, 192, 256])
+def test_head_dimensions(dim: int) -> None:
+    case = replace(CASE, batch=1, dim=dim, value_dim=dim)
+    check(*inputs(case, seed=dim), {"is_causal": True, "query_offset": 33})
+
+
+@pytest.mark.parametrize("entropy_from", [0, 1, 31, 32, 33, 50, 69, 70, 200])
+def test_entropy_sets(entropy_from: int) -> None:
+    """Panels begin anew where the entropy set does."""
+    for entropy in ("head", "map"):
+        keywords: Options = {"entropy_from": entropy_from, "entropy": entropy}
+        check(*inputs(CASE), keywords)
+        check(*inputs(CASE), {**keywords, "is_causal": True, "query_offset": 20})
+
+
+@pytest.mark.parametrize("keys", [1024, 1025])
+def test_map_in_one_pass_and_in_two(keys: int) -> None:
+    case = replace(CASE, batch=1, heads=4, keys=keys)
+    check(*inputs(case), {"enable_gqa": True, "entropy_from": 37}, entropy="map")
+
+
+@st.composite
+def combinations(draw: st.DrawFn) -> tuple[AttentionCase, Options]:
+    kv_heads, queries = draw(st.integers(1, 2)), draw(st.integers(32, 80))
+    tree = draw(st.booleans())
+    keys = queries + draw(st.integers(0, 40)) if tree else draw(st.integers(1, 120))
+    case = AttentionCase(
+        batch=draw(st.integers(1, 2)),
+        heads=kv_heads * draw(st.integers(1, 2)),
+        kv_heads=kv_heads,
+        queries=queries,
+        keys=keys,
+        dim=draw(st.sampled_from([1, 24, 64])),
+        value_dim=draw(st.sampled_from([1, 33, 64])),
+    )
+    seed = draw(st.integers(0, 10_000))
+    keywords = case.keywords()
+    if draw(st.booleans()):
+        most = keys - queries if tree else keys
+        keywords["key_lengths"] = torch.tensor(
+            [draw(st.integers(0, most)) for _ in range(case.batch)]
+        )
+    if tree:
+        keywords["parents"] = random_parents(queries, seed=seed)
+    elif draw(st.booleans()):
+        keywords.update(is_causal=True, query_offset=draw(st.integers(-5, keys)))
+    if draw(st.booleans()):
+        keywords["attn_mask"] = bool_mask(case.batch, 1, queries, keys, seed=seed)
+    keywords["entropy"] = draw(st.sampled_from(["head", "map", "none"]))
+    keywords["entropy_from"] = draw(st.integers(0, 40))
+    return case, keywords
+
+
+@given(drawn=combinations())
+def test_any_combination(drawn: tuple[AttentionCase, Options]) -> None:
+    case, keywords = drawn
+    check(*inputs(case), keywords)
+
+
+@pytest.mark.parametrize("name", ["causal", "gqa", "everything"])
+def test_gradients(name: str) -> None:
+    """What the forward pass keeps is what the backward pass expects."""
+    case = CASES[name]
+    query, key, value = inputs(case)
+    weights = torch.linspace(-1, 1, case.value_dim)
+
+    def gradients(dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+        leaves = trainable((query, key, value), dtype)
+        if dtype is None:
+            result = run_attention(*leaves, case.keywords())
+        else:
+            result = attention_truth(*leaves, case.keywords(), dtype=dtype)  # type: ignore[assignment]
+        assert result.entropy is not None
+        loss = (result.out * weights.to(result.out.dtype)).sum() + result.entropy.sum()
+        return torch.autograd.grad(loss, leaves)
+
+    for found, truth, plain in zip(
+        gradients(None), gradients(torch.float64), gradients(torch.bfloat16), strict=True
+    ):
+        assert_close_to_truth(found, truth, plain, factor=3, name="gradient")
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("entropy_from", [0, 33])
+@pytest.mark.parametrize("position", [40, 63, 64])
+def test_poison_reaches_no_row_that_does_not_see_it(
+    position: int, entropy_from: int, poison: float
+) -> None:
+    query, key, value = inputs(replace(CASE, queries=70))
+    keywords: Options = {"is_causal": True, "entropy_from": entropy_from}
+    clean = attention(query, key, value, **keywords)
+    poisoned_key, poisoned_value = key.clone(), value.clone()
+    poisoned_key[:, :, position] = poison
+    poisoned_value[:, :, position] = poison
+    for k, v in ((poisoned_key, value), (key, poisoned_value)):
+        result = attention(query, k, v, **keywords)
+        before = [x[:, :, :position] for x in result if x is not None]
+        torch.testing.assert_close(
+            before, [x[:, :, :position] for x in clean if x is not None], rtol=1e-2, atol=1e-2
+        )
+        assert not result.out[:, :, position:].isfinite().all()
+
+
+def test_nan_behind_the_lengths_changes_no_bit() -> None:
+    query, key, value = inputs(CASE)
+    lengths = torch.tensor([33, 50])
+    clean = attention(query, key, value, key_lengths=lengths)
+    for b, length in enumerate(lengths.tolist()):
+        key[b, :, length:], value[b, :, length:] = math.nan, math.nan
+    assert_bitwise(attention(query, key, value, key_lengths=lengths), clean)
+
+
+@pytest.mark.parametrize("how", LAYOUTS)
+@pytest.mark.parametrize("name", ["causal", "gqa", "everything"])
+def test_layout_does_not_change_a_bit(name: str, how: str) -> None:
+    case = CASES[name]
+    tensors = inputs(case)
+    other = [in_layout(t, how) for t in tensors]
+    assert_bitwise(run_attention(*tensors, case.keywords()), run_attention(*other, case.keywords()))
+
+
+def test_one_visible_key_is_exact() -> None:
+    query, key, value = inputs(replace(CASE, keys=1))
+    result = attention(query, key, value)
+    assert torch.equal(result.out, value.expand_as(result.out))
+    assert result.entropy is not None and not result.entropy.any()
+
+
+@on_emulator
+def test_tiles_multiply_whole_strips_and_are_given_back() -> None:
+    def products(queries: int, dtype: torch.dtype) -> int:
+        before = emulator().amx_emulator_products()
+        attention(*replace(CASE, queries=queries).qkv(dtype=dtype))
+        assert emulator().amx_emulator_configured_threads() == 0
+        return int(emulator().amx_emulator_products() - before)
+
+    # Tiles of 16: 2 of rows by 5 of keys by 1 of features, and 2 by 2 of features by 3 of 32 keys.
+    assert products(32, torch.bfloat16) == 2 * 2 * (2 * 5 * 1 + 2 * 2 * 3)
+    assert products(31, torch.bfloat16) == 0
+    assert products(32, torch.float32) == products(32, torch.float16) == 0
+
+
+@on_emulator
+def test_the_emulator_refuses_what_a_processor_would() -> None:
+    code = "import ctypes; ctypes.CDLL(None).amx_emulator_use_tiles_without_configuration()"
+    import_first = "from driftar_kernels import _library\n"  # choosing AMX installs the emulator
+    done = subprocess.run(
+        [sys.executable, "-c", import_first + code], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 3 and "not configured" in done.stderr
