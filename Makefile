@@ -68,7 +68,7 @@ test-triton: $(VENV)/.triton
 # The operators' own tests, with the CUDA kernels behind them on an emulator.
 CASES ?= cuda
 EMULATED := $(foreach op,attention chain commit cuda_emulated drift prior tree,\
-	$(wildcard tests/driftar_kernels/test_$(op)*.py))
+	$(wildcard tests/driftar_kernels/test_$(op)*.py)) tests/benchmarks/test_gpu_record.py
 
 test-cuda: $(VENV)/.ready
 	DRIFTAR_CUDA_EMULATED=1 $(BIN)/python -m pytest -q -n auto -k "$(CASES)" $(EMULATED)

@@ -171,4 +171,3 @@ def test_caches_of_two_widths(width: int) -> None:
         assert torch.equal(moved[0, :, 4:7], cache[0, :, [5, 6, 9]])
         assert torch.equal(moved[1, :, 6:8], cache[1, :, [6, 10]])
         assert torch.equal(moved[:, :, :4], cache[:, :, :4])
-

@@ -108,9 +108,7 @@ def test_problems_that_no_block_takes(plans: Callable[[str], Plan]) -> None:
 
 
 @pytest.mark.parametrize("limit", [SM_80, SM_86, SM_90])
-def test_small_problems_stay_within_shared_memory(
-    plans: Callable[[str], Plan], limit: int
-) -> None:
+def test_small_problems_stay_within_shared_memory(plans: Callable[[str], Plan], limit: int) -> None:
     for generated in (1, 31, 32, 33, 64, 100):
         for others in (0, 1, 40, 100, 300):
             for temperatures in (1, 2, 3, 5, 16):
