@@ -6,14 +6,17 @@ Importing the package never fails because the compiled library does not load: th
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
+import os
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+from torch._library.triton import triton_ops_to_kernels
 
 NAMESPACE = "driftar"
 
@@ -39,8 +42,10 @@ except (ImportError, OSError) as error:
 
 
 TRITON_SUFFIX = "_triton"
+# Settled before the first call, so that torch.compile sees constants.
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-_fragment = torch.library.Library(NAMESPACE, "FRAGMENT")
 _operators: dict[str, Any] = {}
 
 
@@ -54,12 +59,10 @@ def register_fake(
     ``twin`` the operator is native only.
     """
     if twin:
-        name = op + TRITON_SUFFIX
-        _fragment.define(torch.library.infer_schema(fake, mutates_args=mutates, op_name=name))
-        for device in ("CPU", "CUDA"):
-            _fragment.impl(name, _triton_launcher(op), device)
+        _define_twin(op, fake, mutates)
+    if native_error is None:
+        torch.library.register_fake(f"{NAMESPACE}::{op}", fake)
     for suffix in _variants(native=True, twin=twin):
-        torch.library.register_fake(f"{NAMESPACE}::{op}{suffix}", fake)
         native(op + suffix)  # found now: a traced backward pass must not change the cache
 
 
@@ -88,16 +91,31 @@ def _variants(*, native: bool, twin: bool) -> list[str]:
     return ([""] if built else []) + ([TRITON_SUFFIX] if twin else [])
 
 
-def _triton_launcher(op: str) -> Callable[..., Any]:
+def _define_twin(op: str, fake: Callable[..., Any], mutates: tuple[str, ...]) -> None:
+    """Compilers see through the twin, to the launches of its kernels. Where these are interpreted,
+    or missing, there is nothing that they could compile, and the twin is opaque."""
+
     def launch(*arguments: Any) -> Any:
         from . import triton  # takes a while to import, and nobody else needs it
 
-        device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
-        guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        with guard:
-            return getattr(triton, op)(*arguments)
+        return getattr(triton, op)(*arguments)
 
-    return launch
+    launch.__signature__ = inspect.signature(fake, eval_str=True)  # type: ignore[attr-defined]
+    name = f"{NAMESPACE}::{op}{TRITON_SUFFIX}"
+    compiled = TRITON_INSTALLED and not TRITON_INTERPRETED
+    define = torch.library.triton_op if compiled else torch.library.custom_op
+    define(name, launch, mutates_args=mutates).register_fake(fake)
+    triton_ops_to_kernels[name] = _TritonKernels()
+
+
+class _TritonKernels(list[object]):
+    """All kernels of the package, found when they are asked for: compiled code that is kept on disk
+    goes by their sources."""
+
+    def __iter__(self) -> Iterator[object]:
+        from . import triton
+
+        return iter(triton.kernels())
 
 
 def operator(op: str, backend: str) -> Any:

@@ -7,7 +7,6 @@ back silently.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import threading
 from collections.abc import Callable
@@ -59,15 +58,10 @@ def _cuda_missing() -> str | None:
     return None
 
 
-# Both are settled before the first call, so that torch.compile sees constants.
-_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def _triton_missing() -> str | None:
-    if not _TRITON_INSTALLED:
+    if not _library.TRITON_INSTALLED:
         return "the package triton is not installed"
-    if not TRITON_INTERPRETED and not torch.cuda.is_available():
+    if not _library.TRITON_INTERPRETED and not torch.cuda.is_available():
         return "there is no CUDA device (TRITON_INTERPRET=1 runs its kernels on the CPU, slowly)"
     return None
 
@@ -79,8 +73,8 @@ BACKENDS: dict[str, Backend] = {
         Backend("cuda", "CUDA C++", ("cuda",), _cuda_missing),
         Backend(
             "triton",
-            "Triton (interpreted)" if TRITON_INTERPRETED else "Triton",
-            ("cpu", "cuda") if TRITON_INTERPRETED else ("cuda",),
+            "Triton (interpreted)" if _library.TRITON_INTERPRETED else "Triton",
+            ("cpu", "cuda") if _library.TRITON_INTERPRETED else ("cuda",),
             _triton_missing,
         ),
         Backend("reference", "plain PyTorch", ("cpu", "cuda", "meta"), lambda: None),

@@ -4,6 +4,10 @@ A launcher takes the arguments of the native operator of its name. The same kern
 CUDA tensors and, under ``TRITON_INTERPRET=1``, on the CPU.
 """
 
+from types import ModuleType
+
+from triton.runtime.jit import JITCallable
+
 from .attention import attention_backward, attention_forward
 from .chain import verify_chain
 from .drift import drift_distances, drift_force
@@ -29,3 +33,15 @@ __all__ = [
     "verify_tree",
     "walk_tree",
 ]
+
+
+def kernels() -> list[object]:
+    """Everything that this package launches."""
+    modules = (value for value in globals().values() if isinstance(value, ModuleType))
+    found = {
+        name: value
+        for module in modules
+        for name, value in vars(module).items()
+        if name.endswith("_kernel") and isinstance(value, JITCallable)
+    }
+    return list(found.values())

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from .. import _checks
 from .attention_backward import key_gradient_kernel, query_gradient_kernel
-from .attention_forward import STATISTICS, Results, forward_kernel
-from .attention_gradient import Saved
+from .attention_forward import STATISTICS, forward_kernel
 from .attention_map import map_kernel, map_key_gradient_kernel, map_query_gradient_kernel
 from .attention_merge import merge_kernel
 from .attention_problem import Problem, matrix
+from .launch import launch, power_of_two
+from .structures import Results, Saved
 from .tuning import MAP, MAP_GRADIENT, MERGE_ROWS, Tile, key_splits
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -63,15 +64,20 @@ def attention_forward(
         return tuple(results)
     problem.run("forward", partial(_stream_keys, problem, results))
     if entropy == "map":
-        map_kernel[(problem.batch * triton.cdiv(problem.query_length, MAP.rows),)](
+        launch(
+            map_kernel,
+            (problem.batch * triton.cdiv(problem.query_length, MAP.rows),),
             problem.query,
             problem.key,
             problem.hiding,
             problem.units,
-            results,
+            results.entropy,
+            results.entropy_lse,
+            results.entropy_cross,
+            results.entropy_norm,
             **problem.sizes,
-            HEADS=triton.next_power_of_2(problem.heads),
-            OPTIONS=problem.options(MAP),
+            HEADS=power_of_two(problem.heads),
+            option_text=problem.options(MAP),
             num_warps=MAP.warps,
             num_stages=MAP.stages,
         )
@@ -85,11 +91,13 @@ def _stream_keys(problem: Problem, results: Results, tile: Tile) -> None:
     splits, keys = key_splits(
         problem.device, programs, problem.packed, problem.key_length, tile.columns
     )
-    partial_out = statistics = results.lse
+    partial_out = statistics = None
     if splits > 1:
         partial_out = results.lse.new_empty(splits, problem.rows, problem.value_width)
         statistics = results.lse.new_empty(splits, STATISTICS.value, problem.rows)
-    forward_kernel[(programs, splits)](
+    launch(
+        forward_kernel,
+        (programs, splits),
         problem.query,
         problem.key,
         problem.value,
@@ -102,12 +110,14 @@ def _stream_keys(problem: Problem, results: Results, tile: Tile) -> None:
         **problem.sizes,
         split=keys,
         SPLIT=splits > 1,
-        OPTIONS=options,
+        option_text=options,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
     if splits > 1:
-        merge_kernel[(triton.cdiv(problem.rows, MERGE_ROWS),)](
+        launch(
+            merge_kernel,
+            (triton.cdiv(problem.rows, MERGE_ROWS),),
             results,
             partial_out,
             statistics,
@@ -115,7 +125,7 @@ def _stream_keys(problem: Problem, results: Results, tile: Tile) -> None:
             problem.rows,
             splits,
             ROWS=MERGE_ROWS,
-            OPTIONS=options,
+            option_text=options,
         )
 
 
@@ -185,25 +195,29 @@ def _gradients(
     problems = problem.batch * problem.key_heads
 
     def of_queries(tile: Tile) -> None:
-        query_gradient_kernel[(problems * triton.cdiv(problem.packed, tile.rows),)](
+        launch(
+            query_gradient_kernel,
+            (problems * triton.cdiv(problem.packed, tile.rows),),
             *common,
             *row_inputs,
             grad_query,
             **problem.sizes,
             scale=scale,
-            OPTIONS=problem.options(tile),
+            option_text=problem.options(tile),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
 
     def of_keys(tile: Tile) -> None:
-        key_gradient_kernel[(problems * triton.cdiv(problem.key_length, tile.columns),)](
+        launch(
+            key_gradient_kernel,
+            (problems * triton.cdiv(problem.key_length, tile.columns),),
             *common,
             grad_key,
             grad_value,
             **problem.sizes,
             scale=scale,
-            OPTIONS=problem.options(tile),
+            option_text=problem.options(tile),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -225,15 +239,24 @@ def _map_gradients(
     tile = MAP_GRADIENT
     settings: dict[str, Any] = {
         **problem.sizes,
-        "OPTIONS": problem.options(tile),
+        "option_text": problem.options(tile),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
-    map_query_gradient_kernel[(problem.batch * triton.cdiv(problem.query_length, tile.rows),)](
-        *common, *row_inputs, sums[0], **settings
+    launch(
+        map_query_gradient_kernel,
+        (problem.batch * triton.cdiv(problem.query_length, tile.rows),),
+        *common,
+        *row_inputs,
+        sums[0],
+        **settings,
     )
-    map_key_gradient_kernel[(problem.batch * triton.cdiv(problem.key_length, tile.columns),)](
-        *common, *sums[1:], **settings
+    launch(
+        map_key_gradient_kernel,
+        (problem.batch * triton.cdiv(problem.key_length, tile.columns),),
+        *common,
+        *sums[1:],
+        **settings,
     )
     for scaled in sums[:2]:
         scaled.mul_(scale)

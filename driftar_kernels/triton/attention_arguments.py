@@ -1,10 +1,13 @@
-"""Arguments of the attention kernels: matrices, what hides keys, units, compile-time options."""
+"""Compile-time options of the attention kernels."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any
 
+import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -18,12 +21,11 @@ HEAD_ENTROPY = tl.constexpr(1)
 MAP_ENTROPY = tl.constexpr(2)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Options:
     """What a kernel is compiled for; every field a ``tl.constexpr``.
 
-    Every launch looks its kernel up by these, so they are compared by identity; the compiler, which
-    keeps kernels on disk, goes by their text.
+    Launches pass them as text, which compilers can put into the code that they generate.
 
     Attributes:
         group: query heads per key head.
@@ -58,41 +60,15 @@ class Options:
     precision: Any
 
 
-class Matrix(NamedTuple):
-    """``[B, heads, rows, columns]``: its memory and strides."""
+@triton.constexpr_function
+def read_options(text):
+    """The options that a launch passes as JSON."""
+    from driftar_kernels.triton import attention_arguments
 
-    data: Any
-    batch: Any
-    head: Any
-    row: Any
-    column: Any
+    return attention_arguments.parsed(text)
 
 
-class Hiding(NamedTuple):
-    """Tensors that hide keys from queries."""
-
-    mask: Any  # Matrix [B, Hq, Lq, Lk]
-    query_offsets: Any  # [B] int32
-    key_lengths: Any  # [B] int32
-    ancestors: Any  # [trees, Lq, words] int32
-    tree_stride: Any
-    words: Any
-
-
-class Units(NamedTuple):
-    """``score``: of a product, before a float mask is added; ``natural``: of what is exponentiated;
-    ``exponent``: natural log2 e."""
-
-    score: Any
-    natural: Any
-    exponent: Any
-
-
-class Sizes(NamedTuple):
-    """Of the whole problem; run-time numbers, so that nothing is compiled per length."""
-
-    key_heads: Any
-    queries: Any
-    keys: Any
-    offset: Any
-    entropy_from: Any
+@lru_cache(maxsize=1024)
+def parsed(text: str) -> Options:
+    """:func:`read_options` of one text once: the interpreter asks in every program."""
+    return Options(**{name: tl.constexpr(value) for name, value in json.loads(text).items()})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_arguments import Sizes
+from .attention_arguments import read_options
 from .attention_gradient import (
     load_row_gradients,
     score_gradient,
@@ -20,14 +20,16 @@ from .attention_gradient import (
 from .attention_tile import (
     inner_products,
     load_block,
-    load_sample,
     locate_rows,
+    row_bounds,
     rows_that_see,
     score_tile,
     seen_by_all,
+    visible_keys,
     whole,
 )
 from .elementary import dot, narrow
+from .structures import structure
 
 
 @triton.jit
@@ -79,38 +81,45 @@ def accumulate_queries(
 
 @triton.jit(do_not_specialize=["query_length", "key_length", "query_offset", "entropy_from"])
 def query_gradient_kernel(
-    query,  # Matrix [B, Hq, Lq, D]
-    key,  # Matrix [B, Hkv, Lk, D]
-    value,  # Matrix [B, Hkv, Lk, Dv]
-    grad_out,  # Matrix [B, Hq, Lq, Dv]
-    hiding,
-    units,
-    saved,
+    query, q_batch, q_head, q_row, q_column,  # Matrix [B, Hq, Lq, D]
+    key, k_batch, k_head, k_row, k_column,  # Matrix [B, Hkv, Lk, D]
+    value, v_batch, v_head, v_row, v_column,  # Matrix [B, Hkv, Lk, Dv]
+    grad_out, g_batch, g_head, g_row, g_column,  # Matrix [B, Hq, Lq, Dv]
+    mask, m_batch, m_head, m_row, m_column,  # Matrix [B, Hq, Lq, Lk]
+    query_offsets, key_lengths, ancestors, tree_stride, words,  # the rest of Hiding
+    score_unit, natural_unit, exponent_unit,
+    lse, entropy_lse, entropy_cross, entropy_weight, delta,  # Saved
     out,  # [B, Hq, Lq, Dv]
     grad_lse,  # [B, Hq, Lq]
     grad_query,  # [B, Hq, Lq, D], out
-    key_heads,
-    query_length,
-    key_length,
-    query_offset,
-    entropy_from,
+    key_heads, query_length, key_length, query_offset, entropy_from,
     scale,
-    OPTIONS: tl.constexpr,
-):
-    sizes = Sizes(key_heads, query_length, key_length, query_offset, entropy_from)
+    option_text: tl.constexpr,
+):  # fmt: skip
+    OPTIONS: tl.constexpr = read_options(option_text)
+    query = structure("Matrix")(query, q_batch, q_head, q_row, q_column)
+    key = structure("Matrix")(key, k_batch, k_head, k_row, k_column)
+    value = structure("Matrix")(value, v_batch, v_head, v_row, v_column)
+    grad_out = structure("Matrix")(grad_out, g_batch, g_head, g_row, g_column)
+    mask = structure("Matrix")(mask, m_batch, m_head, m_row, m_column)
+    hiding = structure("Hiding")(mask, query_offsets, key_lengths, ancestors, tree_stride, words)
+    units = structure("Units")(score_unit, natural_unit, exponent_unit)
+    saved = structure("Saved")(lse, entropy_lse, entropy_cross, entropy_weight, delta)
+    sizes = structure("Sizes")(key_heads, query_length, key_length, query_offset, entropy_from)
     blocks = tl.cdiv(query_length * OPTIONS.group, OPTIONS.rows)
     task = tl.program_id(0)
     block = task % blocks
     if OPTIONS.causal:  # the longest first
         block = blocks - 1 - block
     key_head = task // blocks % key_heads
-    sample = load_sample((task // blocks // key_heads).to(tl.int64), hiding, sizes, OPTIONS)
+    index = (task // blocks // key_heads).to(tl.int64)
+    sample = structure("Sample")(index, *visible_keys(index, hiding, sizes, OPTIONS))
     first_row = block * OPTIONS.rows
     rows = locate_rows(
-        first_row + tl.arange(0, OPTIONS.rows), key_head * OPTIONS.group, sample, hiding, sizes,
+        first_row + tl.arange(0, OPTIONS.rows), key_head * OPTIONS.group, index, sizes,
         OPTIONS.group, OPTIONS,
     )  # fmt: skip
-    end = tl.max(rows.bound, 0)
+    end = tl.max(row_bounds(rows, sample, OPTIONS), 0)
     full = tl.minimum(seen_by_all(first_row // OPTIONS.group, sample, OPTIONS), end)
     full = full // OPTIONS.columns * OPTIONS.columns
     queries = load_block(
@@ -160,7 +169,7 @@ def accumulate_keys(
     """Adds what the packed rows [first, last) contribute to dS^T Q and p^T grad_out."""
     for start in range(first, last, OPTIONS.rows):
         rows = locate_rows(
-            start + tl.arange(0, OPTIONS.rows), key_head * OPTIONS.group, sample, hiding, sizes,
+            start + tl.arange(0, OPTIONS.rows), key_head * OPTIONS.group, sample.index, sizes,
             OPTIONS.group, OPTIONS,
         )  # fmt: skip
         queries = load_block(
@@ -193,29 +202,36 @@ def accumulate_keys(
 
 @triton.jit(do_not_specialize=["query_length", "key_length", "query_offset", "entropy_from"])
 def key_gradient_kernel(
-    query,  # Matrix [B, Hq, Lq, D]
-    key,  # Matrix [B, Hkv, Lk, D]
-    value,  # Matrix [B, Hkv, Lk, Dv]
-    grad_out,  # Matrix [B, Hq, Lq, Dv]
-    hiding,
-    units,
-    saved,
+    query, q_batch, q_head, q_row, q_column,  # Matrix [B, Hq, Lq, D]
+    key, k_batch, k_head, k_row, k_column,  # Matrix [B, Hkv, Lk, D]
+    value, v_batch, v_head, v_row, v_column,  # Matrix [B, Hkv, Lk, Dv]
+    grad_out, g_batch, g_head, g_row, g_column,  # Matrix [B, Hq, Lq, Dv]
+    mask, m_batch, m_head, m_row, m_column,  # Matrix [B, Hq, Lq, Lk]
+    query_offsets, key_lengths, ancestors, tree_stride, words,  # the rest of Hiding
+    score_unit, natural_unit, exponent_unit,
+    lse, entropy_lse, entropy_cross, entropy_weight, delta,  # Saved
     grad_key,  # [B, Hkv, Lk, D], out
     grad_value,  # [B, Hkv, Lk, Dv], out
-    key_heads,
-    query_length,
-    key_length,
-    query_offset,
-    entropy_from,
+    key_heads, query_length, key_length, query_offset, entropy_from,
     scale,
-    OPTIONS: tl.constexpr,
-):
-    sizes = Sizes(key_heads, query_length, key_length, query_offset, entropy_from)
+    option_text: tl.constexpr,
+):  # fmt: skip
+    OPTIONS: tl.constexpr = read_options(option_text)
+    query = structure("Matrix")(query, q_batch, q_head, q_row, q_column)
+    key = structure("Matrix")(key, k_batch, k_head, k_row, k_column)
+    value = structure("Matrix")(value, v_batch, v_head, v_row, v_column)
+    grad_out = structure("Matrix")(grad_out, g_batch, g_head, g_row, g_column)
+    mask = structure("Matrix")(mask, m_batch, m_head, m_row, m_column)
+    hiding = structure("Hiding")(mask, query_offsets, key_lengths, ancestors, tree_stride, words)
+    units = structure("Units")(score_unit, natural_unit, exponent_unit)
+    saved = structure("Saved")(lse, entropy_lse, entropy_cross, entropy_weight, delta)
+    sizes = structure("Sizes")(key_heads, query_length, key_length, query_offset, entropy_from)
     blocks = tl.cdiv(key_length, OPTIONS.columns)
     task = tl.program_id(0)
     start = task % blocks * OPTIONS.columns
     key_head = task // blocks % key_heads
-    sample = load_sample((task // blocks // key_heads).to(tl.int64), hiding, sizes, OPTIONS)
+    index = (task // blocks // key_heads).to(tl.int64)
+    sample = structure("Sample")(index, *visible_keys(index, hiding, sizes, OPTIONS))
     column = start + tl.arange(0, OPTIONS.columns)
     there = column < sample.end
     keys = load_block(
@@ -238,7 +254,7 @@ def key_gradient_kernel(
         full, end, grad_keys, grad_values, keys, values, column, query, grad_out, saved,
         key_head, sample, hiding, sizes, units, False, OPTIONS,
     )  # fmt: skip
-    at = (sample.index * key_heads + key_head) * key_length + column
+    at = (index * key_heads + key_head) * key_length + column
     there = column < key_length
     store_tile(grad_key, at, there, grad_keys * scale, OPTIONS.width, OPTIONS.block_width)
     store_tile(grad_value, at, there, grad_values, OPTIONS.value_width, OPTIONS.block_value)

@@ -5,59 +5,36 @@ Formulas: docs/ops/attention.md.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
-from .attention_arguments import FAR_BELOW, HEAD_ENTROPY, LOG2E, NO_ENTROPY, NO_MASK, Sizes
+from .attention_arguments import (
+    FAR_BELOW,
+    HEAD_ENTROPY,
+    LOG2E,
+    NO_ENTROPY,
+    NO_MASK,
+    read_options,
+)
 from .attention_tile import (
     load_block,
-    load_sample,
     load_tile,
     locate_rows,
+    row_bounds,
     row_pointers,
     score_tile,
     seen_by_all,
+    visible_keys,
 )
 from .elementary import dot, narrow
+from .structures import structure
 
 STATISTICS = tl.constexpr(7)  # numbers that a split leaves per row
 
 
-class Statistics(NamedTuple):
-    """Of rows, each field ``[R]``: m, l = sum e and t = sum e (s - m) with
-    e = exp2(exponent (s - m))."""
-
-    maximum: Any
-    total: Any
-    moment: Any
-
-
-class State(NamedTuple):
-    """What a block of rows has seen so far."""
-
-    visible: Any  # Statistics
-    members: Any  # Statistics of the entropy's keys, where they differ
-    support: Any  # [R] number of the entropy's keys
-    out: Any  # [R, BLOCK_VALUE] values weighted with e
-
-
-class Results(NamedTuple):
-    """What the forward pass writes, ``[B, Hq, Lq, (Dv)]``."""
-
-    out: Any
-    entropy: Any
-    lse: Any
-    max_score: Any
-    entropy_lse: Any  # log-sum-exp over the entropy's keys
-    entropy_cross: Any  # sum_j q_j log pi_j
-    entropy_norm: Any  # factor of the normalised entropy
-
-
 @triton.jit
 def nothing_seen(ROWS: tl.constexpr):
-    return Statistics(
+    return structure("Statistics")(
         tl.full([ROWS], float("-inf"), tl.float32),
         tl.zeros([ROWS], tl.float32),
         tl.zeros([ROWS], tl.float32),
@@ -80,7 +57,7 @@ def raise_statistics(before, scores, exponent):
     exponential = tl.exp2(below * exponent)
     moment = factor * (before.moment + drop * before.total) + tl.sum(exponential * below, 1)
     total = factor * before.total + tl.sum(exponential, 1)
-    return Statistics(maximum, total, moment), exponential, factor
+    return structure("Statistics")(maximum, total, moment), exponential, factor
 
 
 @triton.jit
@@ -129,7 +106,7 @@ def absorb_keys(
             narrow(exponential, values.dtype), values, state.out * factor[:, None],
             OPTIONS.precision,
         )  # fmt: skip
-        state = State(visible, members, support, out)
+        state = structure("State")(visible, members, support, out)
     return state
 
 
@@ -192,50 +169,58 @@ def store_rows(at, there, state, results, units, OPTIONS: tl.constexpr):
     ]
 )
 def forward_kernel(
-    query,  # Matrix [B, Hq, Lq, D]
-    key,  # Matrix [B, Hkv, Lk, D]
-    value,  # Matrix [B, Hkv, Lk, Dv]
-    hiding,
-    units,
-    results,
+    query, q_batch, q_head, q_row, q_column,  # Matrix [B, Hq, Lq, D]
+    key, k_batch, k_head, k_row, k_column,  # Matrix [B, Hkv, Lk, D]
+    value, v_batch, v_head, v_row, v_column,  # Matrix [B, Hkv, Lk, Dv]
+    mask, m_batch, m_head, m_row, m_column,  # Matrix [B, Hq, Lq, Lk]
+    query_offsets, key_lengths, ancestors, tree_stride, words,  # the rest of Hiding
+    score_unit, natural_unit, exponent_unit,
+    out, entropy, lse, max_score, entropy_lse, entropy_cross, entropy_norm,  # Results
     partial_out,  # [splits, B, Hq, Lq, Dv] fp32
     partial,  # [splits, STATISTICS, B, Hq, Lq] fp32
     batch,
-    key_heads,
-    query_length,
-    key_length,
-    query_offset,
-    entropy_from,
     split,  # keys per split
+    key_heads, query_length, key_length, query_offset, entropy_from,
     SPLIT: tl.constexpr,
-    OPTIONS: tl.constexpr,
-):
-    sizes = Sizes(key_heads, query_length, key_length, query_offset, entropy_from)
+    option_text: tl.constexpr,
+):  # fmt: skip
+    OPTIONS: tl.constexpr = read_options(option_text)
+    query = structure("Matrix")(query, q_batch, q_head, q_row, q_column)
+    key = structure("Matrix")(key, k_batch, k_head, k_row, k_column)
+    value = structure("Matrix")(value, v_batch, v_head, v_row, v_column)
+    mask = structure("Matrix")(mask, m_batch, m_head, m_row, m_column)
+    hiding = structure("Hiding")(mask, query_offsets, key_lengths, ancestors, tree_stride, words)
+    units = structure("Units")(score_unit, natural_unit, exponent_unit)
+    sizes = structure("Sizes")(key_heads, query_length, key_length, query_offset, entropy_from)
+    results = structure("Results")(
+        out, entropy, lse, max_score, entropy_lse, entropy_cross, entropy_norm
+    )
     blocks = tl.cdiv(query_length * OPTIONS.group, OPTIONS.rows)
     task = tl.program_id(0)
     block = task % blocks
     if OPTIONS.causal:  # the longest first
         block = blocks - 1 - block
     key_head = task // blocks % key_heads
-    sample = load_sample((task // blocks // key_heads).to(tl.int64), hiding, sizes, OPTIONS)
+    index = (task // blocks // key_heads).to(tl.int64)
+    sample = structure("Sample")(index, *visible_keys(index, hiding, sizes, OPTIONS))
     first_row = block * OPTIONS.rows
     rows = locate_rows(
-        first_row + tl.arange(0, OPTIONS.rows), key_head * OPTIONS.group, sample, hiding, sizes,
+        first_row + tl.arange(0, OPTIONS.rows), key_head * OPTIONS.group, index, sizes,
         OPTIONS.group, OPTIONS,
     )  # fmt: skip
     queries = load_block(
-        query, sample.index, rows.head, rows.position, rows.there, OPTIONS.width,
+        query, index, rows.head, rows.position, rows.there, OPTIONS.width,
         OPTIONS.block_width, OPTIONS.chunk,
     )  # fmt: skip
     first = 0
-    end = tl.max(rows.bound, 0)
+    end = tl.max(row_bounds(rows, sample, OPTIONS), 0)
     if SPLIT:
         first = tl.program_id(1) * split
         end = tl.minimum(end, first + split)
     full = tl.minimum(seen_by_all(first_row // OPTIONS.group, sample, OPTIONS), end)
     full = tl.maximum(first, full // OPTIONS.columns * OPTIONS.columns)
 
-    state = State(
+    state = structure("State")(
         nothing_seen(OPTIONS.rows),
         nothing_seen(OPTIONS.rows),
         tl.zeros([OPTIONS.rows], tl.int32),
@@ -258,7 +243,7 @@ def forward_kernel(
 @triton.jit
 def store_partial(rows, state, partial_out, partial, batch, sizes, OPTIONS: tl.constexpr):
     """Leaves the state of a split for attention_merge.py."""
-    count = batch.to(tl.int64) * sizes.key_heads * OPTIONS.group * sizes.queries
+    count = tl.cast(batch, tl.int64) * sizes.key_heads * OPTIONS.group * sizes.queries
     slot = tl.program_id(1).to(tl.int64)
     there = rows.there
     column = tl.arange(0, OPTIONS.block_value)

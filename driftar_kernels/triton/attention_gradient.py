@@ -5,34 +5,13 @@ Formulas: docs/ops/attention.md.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
 from .attention_arguments import FAR_BELOW, LOG2E, MAP_ENTROPY, NO_ENTROPY, NO_MASK
 from .attention_tile import load_lse, load_tile, of_keys, of_rows, whole
 from .elementary import is_finite, narrow
-
-
-class Saved(NamedTuple):
-    """Per row, from the forward pass and the gradients of its results: ``[B, Hq, Lq]``."""
-
-    lse: Any
-    entropy_lse: Any
-    entropy_cross: Any
-    entropy_weight: Any  # grad_entropy entropy_norm; [B, Lq] for "map"
-    delta: Any  # <grad_out, out> - grad_lse; the query kernel writes it
-
-
-class RowGradients(NamedTuple):
-    """As ``Saved``, of a block of rows."""
-
-    lse: Any
-    delta: Any
-    entropy_lse: Any
-    cross: Any
-    weight: Any
+from .structures import structure
 
 
 @triton.jit
@@ -59,7 +38,7 @@ def load_row_gradients(saved, delta, rows, sample, sizes, OPTIONS: tl.constexpr)
             weight = tl.load(at, mask=rows.there, other=0.0) / (sizes.key_heads * OPTIONS.group)
         else:
             weight = tl.load(saved.entropy_weight + rows.at, mask=rows.there, other=0.0)
-    return RowGradients(lse, delta, entropy_lse, cross, weight)
+    return structure("RowGradients")(lse, delta, entropy_lse, cross, weight)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_arguments import LOG2E, Sizes
+from .attention_arguments import LOG2E, read_options
 from .attention_forward import support_norm
 from .attention_gradient import (
     load_row_gradients,
@@ -21,34 +21,34 @@ from .attention_tile import (
     inner_products,
     load_block,
     load_lse,
-    load_sample,
     locate_rows,
     of_rows,
+    row_bounds,
     rows_that_see,
     score_tile,
+    visible_keys,
     whole,
 )
 from .elementary import dot, narrow
+from .structures import structure
 
 
 @triton.jit
 def head_scores(
     head,
+    rows,  # of this head
     query,
     key,
-    position,
     column,
     sample,
     hiding,
-    sizes,
     units,
     TRANSPOSED: tl.constexpr,
     OPTIONS: tl.constexpr,
 ):
-    """(rows, queries, keys, scores) of one head's tile."""
-    rows = locate_rows(position, head, sample, hiding, sizes, 1, OPTIONS)
+    """(queries, keys, scores) of one head's tile."""
     queries = load_block(
-        query, sample.index, head, position, rows.there, OPTIONS.width, OPTIONS.block_width,
+        query, sample.index, head, rows.position, rows.there, OPTIONS.width, OPTIONS.block_width,
         OPTIONS.chunk,
     )  # fmt: skip
     keys = load_block(
@@ -58,7 +58,7 @@ def head_scores(
     scores = score_tile(
         queries, keys, rows, column, sample, hiding, units, True, TRANSPOSED, OPTIONS
     )
-    return rows, queries, keys, scores
+    return queries, keys, scores
 
 
 @triton.jit
@@ -82,8 +82,9 @@ def average_logarithm(
     else:
         average = tl.zeros([OPTIONS.rows, OPTIONS.columns], tl.float32)
     for head in range(0, heads):
-        rows, _, _, scores = head_scores(
-            head, query, key, position, column, sample, hiding, sizes, units, TRANSPOSED, OPTIONS
+        rows = locate_rows(position, head, sample.index, sizes, 1, OPTIONS)
+        _, _, scores = head_scores(
+            head, rows, query, key, column, sample, hiding, units, TRANSPOSED, OPTIONS
         )
         lse = load_lse(entropy_lse + rows.at, rows.there)
         average += tl.exp2((scores * units.natural - of_rows(lse, TRANSPOSED)) * LOG2E)
@@ -94,54 +95,62 @@ def average_logarithm(
 
 @triton.jit(do_not_specialize=["query_length", "key_length", "query_offset", "entropy_from"])
 def map_kernel(
-    query,  # Matrix [B, Hq, Lq, D]
-    key,  # Matrix [B, Hkv, Lk, D]
-    hiding,
-    units,
-    results,  # entropy_cross holds |E| of every head
-    key_heads,
-    query_length,
-    key_length,
-    query_offset,
-    entropy_from,
+    query, q_batch, q_head, q_row, q_column,  # Matrix [B, Hq, Lq, D]
+    key, k_batch, k_head, k_row, k_column,  # Matrix [B, Hkv, Lk, D]
+    mask, m_batch, m_head, m_row, m_column,  # Matrix [B, Hq, Lq, Lk]
+    query_offsets, key_lengths, ancestors, tree_stride, words,  # the rest of Hiding
+    score_unit, natural_unit, exponent_unit,
+    entropy,  # [B, Lq], out
+    entropy_lse,  # [B, Hq, Lq]
+    entropy_cross,  # [B, Hq, Lq], |E| of every head; out: sum_j q_hj log pi_j
+    entropy_norm,  # [B, Lq], out
+    key_heads, query_length, key_length, query_offset, entropy_from,
     HEADS: tl.constexpr,  # padded
-    OPTIONS: tl.constexpr,
-):
+    option_text: tl.constexpr,
+):  # fmt: skip
     """Second pass of the forward: entropies, their norm, and sum_j q_hj log pi_j of every head."""
-    sizes = Sizes(key_heads, query_length, key_length, query_offset, entropy_from)
+    OPTIONS: tl.constexpr = read_options(option_text)
+    query = structure("Matrix")(query, q_batch, q_head, q_row, q_column)
+    key = structure("Matrix")(key, k_batch, k_head, k_row, k_column)
+    mask = structure("Matrix")(mask, m_batch, m_head, m_row, m_column)
+    hiding = structure("Hiding")(mask, query_offsets, key_lengths, ancestors, tree_stride, words)
+    units = structure("Units")(score_unit, natural_unit, exponent_unit)
+    sizes = structure("Sizes")(key_heads, query_length, key_length, query_offset, entropy_from)
     heads = key_heads * OPTIONS.group
     blocks = tl.cdiv(query_length, OPTIONS.rows)
-    sample = load_sample((tl.program_id(0) // blocks).to(tl.int64), hiding, sizes, OPTIONS)
+    index = (tl.program_id(0) // blocks).to(tl.int64)
+    sample = structure("Sample")(index, *visible_keys(index, hiding, sizes, OPTIONS))
     position = tl.program_id(0) % blocks * OPTIONS.rows + tl.arange(0, OPTIONS.rows)
-    rows = locate_rows(position, 0, sample, hiding, sizes, 1, OPTIONS)
+    rows = locate_rows(position, 0, index, sizes, 1, OPTIONS)
 
     head = tl.arange(0, HEADS)
     at = rows.at[None, :] + head[:, None] * query_length
     inside = (head < heads)[:, None] & rows.there[None, :]
-    support = tl.max(tl.load(results.entropy_cross + at, mask=inside, other=0.0), 0)
+    support = tl.max(tl.load(entropy_cross + at, mask=inside, other=0.0), 0)
     cross = tl.zeros([HEADS, OPTIONS.rows], tl.float32)
     first = entropy_from // OPTIONS.columns * OPTIONS.columns
-    for start in range(first, tl.max(rows.bound, 0), OPTIONS.columns):
+    for start in range(first, tl.max(row_bounds(rows, sample, OPTIONS), 0), OPTIONS.columns):
         column = start + tl.arange(0, OPTIONS.columns)
         logarithm = average_logarithm(
-            query, key, results.entropy_lse, position, column, sample, hiding, sizes, units, False,
+            query, key, entropy_lse, position, column, sample, hiding, sizes, units, False,
             OPTIONS,
         )  # fmt: skip
         for h in range(0, heads):
-            of_head, _, _, scores = head_scores(
-                h, query, key, position, column, sample, hiding, sizes, units, False, OPTIONS
+            of_head = locate_rows(position, h, index, sizes, 1, OPTIONS)
+            _, _, scores = head_scores(
+                h, of_head, query, key, column, sample, hiding, units, False, OPTIONS
             )
-            lse = load_lse(results.entropy_lse + of_head.at, of_head.there)
+            lse = load_lse(entropy_lse + of_head.at, of_head.there)
             share = tl.exp2((scores * units.natural - lse[:, None]) * LOG2E) * logarithm
             share = tl.where((column >= entropy_from)[None, :], share, 0.0)
             cross += tl.where((head == h)[:, None], tl.sum(share, 1)[None, :], 0.0)
-    tl.store(results.entropy_cross + at, cross, mask=inside)
-    entropy = -tl.sum(cross, 0) / heads
-    entropy = tl.where(entropy < 0.0, 0.0, entropy)
+    tl.store(entropy_cross + at, cross, mask=inside)
+    average = -tl.sum(cross, 0) / heads
+    average = tl.where(average < 0.0, 0.0, average)
     norm = support_norm(support, OPTIONS.normalize)
-    at = sample.index * query_length + position
-    tl.store(results.entropy + at, entropy * norm, mask=rows.there)
-    tl.store(results.entropy_norm + at, norm, mask=rows.there)
+    at = index * query_length + position
+    tl.store(entropy + at, average * norm, mask=rows.there)
+    tl.store(entropy_norm + at, norm, mask=rows.there)
 
 
 @triton.jit
@@ -157,37 +166,44 @@ def add_product(base, at, there, left, right, WIDTH: tl.constexpr, OPTIONS: tl.c
 
 @triton.jit(do_not_specialize=["query_length", "key_length", "query_offset", "entropy_from"])
 def map_query_gradient_kernel(
-    query,  # Matrix [B, Hq, Lq, D]
-    key,  # Matrix [B, Hkv, Lk, D]
-    value,  # Matrix [B, Hkv, Lk, Dv]
-    grad_out,  # Matrix [B, Hq, Lq, Dv]
-    hiding,
-    units,
-    saved,
+    query, q_batch, q_head, q_row, q_column,  # Matrix [B, Hq, Lq, D]
+    key, k_batch, k_head, k_row, k_column,  # Matrix [B, Hkv, Lk, D]
+    value, v_batch, v_head, v_row, v_column,  # Matrix [B, Hkv, Lk, Dv]
+    grad_out, g_batch, g_head, g_row, g_column,  # Matrix [B, Hq, Lq, Dv]
+    mask, m_batch, m_head, m_row, m_column,  # Matrix [B, Hq, Lq, Lk]
+    query_offsets, key_lengths, ancestors, tree_stride, words,  # the rest of Hiding
+    score_unit, natural_unit, exponent_unit,
+    lse, entropy_lse, entropy_cross, entropy_weight, delta,  # Saved
     out,  # [B, Hq, Lq, Dv]
     grad_lse,  # [B, Hq, Lq]
     grad_query,  # [B, Hq, Lq, D] fp32 zeros; out: the gradient without the size of the scale
-    key_heads,
-    query_length,
-    key_length,
-    query_offset,
-    entropy_from,
-    OPTIONS: tl.constexpr,
-):
-    sizes = Sizes(key_heads, query_length, key_length, query_offset, entropy_from)
+    key_heads, query_length, key_length, query_offset, entropy_from,
+    option_text: tl.constexpr,
+):  # fmt: skip
+    OPTIONS: tl.constexpr = read_options(option_text)
+    query = structure("Matrix")(query, q_batch, q_head, q_row, q_column)
+    key = structure("Matrix")(key, k_batch, k_head, k_row, k_column)
+    value = structure("Matrix")(value, v_batch, v_head, v_row, v_column)
+    grad_out = structure("Matrix")(grad_out, g_batch, g_head, g_row, g_column)
+    mask = structure("Matrix")(mask, m_batch, m_head, m_row, m_column)
+    hiding = structure("Hiding")(mask, query_offsets, key_lengths, ancestors, tree_stride, words)
+    units = structure("Units")(score_unit, natural_unit, exponent_unit)
+    saved = structure("Saved")(lse, entropy_lse, entropy_cross, entropy_weight, delta)
+    sizes = structure("Sizes")(key_heads, query_length, key_length, query_offset, entropy_from)
     heads = key_heads * OPTIONS.group
     blocks = tl.cdiv(query_length, OPTIONS.rows)
-    sample = load_sample((tl.program_id(0) // blocks).to(tl.int64), hiding, sizes, OPTIONS)
+    index = (tl.program_id(0) // blocks).to(tl.int64)
+    sample = structure("Sample")(index, *visible_keys(index, hiding, sizes, OPTIONS))
     position = tl.program_id(0) % blocks * OPTIONS.rows + tl.arange(0, OPTIONS.rows)
     for head in range(0, heads):
-        rows = locate_rows(position, head, sample, hiding, sizes, 1, OPTIONS)
+        rows = locate_rows(position, head, index, sizes, 1, OPTIONS)
         gradients = load_block(
             grad_out, sample.index, head, position, rows.there, OPTIONS.value_width,
             OPTIONS.block_value, OPTIONS.chunk,
         )  # fmt: skip
         store_delta(gradients, out, grad_lse, rows, saved, OPTIONS)
     tl.debug_barrier()
-    bound = locate_rows(position, 0, sample, hiding, sizes, 1, OPTIONS).bound
+    bound = row_bounds(locate_rows(position, 0, index, sizes, 1, OPTIONS), sample, OPTIONS)
     for start in range(0, tl.max(bound, 0), OPTIONS.columns):
         column = start + tl.arange(0, OPTIONS.columns)
         logarithm = average_logarithm(
@@ -195,8 +211,9 @@ def map_query_gradient_kernel(
             OPTIONS,
         )  # fmt: skip
         for head in range(0, heads):
-            rows, _, keys, scores = head_scores(
-                head, query, key, position, column, sample, hiding, sizes, units, False, OPTIONS
+            rows = locate_rows(position, head, index, sizes, 1, OPTIONS)
+            _, keys, scores = head_scores(
+                head, rows, query, key, column, sample, hiding, units, False, OPTIONS
             )
             gradients = load_block(
                 grad_out, sample.index, head, position, rows.there, OPTIONS.value_width,
@@ -209,8 +226,8 @@ def map_query_gradient_kernel(
             grad_probability = inner_products(
                 gradients, values, OPTIONS.value_width, OPTIONS.chunk, OPTIONS.precision
             )
-            delta = tl.load(saved.delta + rows.at, mask=rows.there, other=0.0)
-            row_gradients = load_row_gradients(saved, delta, rows, sample, sizes, OPTIONS)
+            dot_product = tl.load(saved.delta + rows.at, mask=rows.there, other=0.0)
+            row_gradients = load_row_gradients(saved, dot_product, rows, sample, sizes, OPTIONS)
             _, gradient = score_gradient(
                 scores, grad_probability, logarithm, column, row_gradients, sizes, units, True,
                 False, OPTIONS,
@@ -222,26 +239,33 @@ def map_query_gradient_kernel(
 
 @triton.jit(do_not_specialize=["query_length", "key_length", "query_offset", "entropy_from"])
 def map_key_gradient_kernel(
-    query,  # Matrix [B, Hq, Lq, D]
-    key,  # Matrix [B, Hkv, Lk, D]
-    value,  # Matrix [B, Hkv, Lk, Dv]
-    grad_out,  # Matrix [B, Hq, Lq, Dv]
-    hiding,
-    units,
-    saved,
+    query, q_batch, q_head, q_row, q_column,  # Matrix [B, Hq, Lq, D]
+    key, k_batch, k_head, k_row, k_column,  # Matrix [B, Hkv, Lk, D]
+    value, v_batch, v_head, v_row, v_column,  # Matrix [B, Hkv, Lk, Dv]
+    grad_out, g_batch, g_head, g_row, g_column,  # Matrix [B, Hq, Lq, Dv]
+    mask, m_batch, m_head, m_row, m_column,  # Matrix [B, Hq, Lq, Lk]
+    query_offsets, key_lengths, ancestors, tree_stride, words,  # the rest of Hiding
+    score_unit, natural_unit, exponent_unit,
+    lse, entropy_lse, entropy_cross, entropy_weight, delta,  # Saved
     grad_key,  # [B, Hkv, Lk, D] fp32 zeros; out: the gradient without the size of the scale
     grad_value,  # [B, Hkv, Lk, Dv] fp32 zeros, out
-    key_heads,
-    query_length,
-    key_length,
-    query_offset,
-    entropy_from,
-    OPTIONS: tl.constexpr,
-):
-    sizes = Sizes(key_heads, query_length, key_length, query_offset, entropy_from)
+    key_heads, query_length, key_length, query_offset, entropy_from,
+    option_text: tl.constexpr,
+):  # fmt: skip
+    OPTIONS: tl.constexpr = read_options(option_text)
+    query = structure("Matrix")(query, q_batch, q_head, q_row, q_column)
+    key = structure("Matrix")(key, k_batch, k_head, k_row, k_column)
+    value = structure("Matrix")(value, v_batch, v_head, v_row, v_column)
+    grad_out = structure("Matrix")(grad_out, g_batch, g_head, g_row, g_column)
+    mask = structure("Matrix")(mask, m_batch, m_head, m_row, m_column)
+    hiding = structure("Hiding")(mask, query_offsets, key_lengths, ancestors, tree_stride, words)
+    units = structure("Units")(score_unit, natural_unit, exponent_unit)
+    saved = structure("Saved")(lse, entropy_lse, entropy_cross, entropy_weight, delta)
+    sizes = structure("Sizes")(key_heads, query_length, key_length, query_offset, entropy_from)
     blocks = tl.cdiv(key_length, OPTIONS.columns)
     start = tl.program_id(0) % blocks * OPTIONS.columns
-    sample = load_sample((tl.program_id(0) // blocks).to(tl.int64), hiding, sizes, OPTIONS)
+    index = (tl.program_id(0) // blocks).to(tl.int64)
+    sample = structure("Sample")(index, *visible_keys(index, hiding, sizes, OPTIONS))
     column = start + tl.arange(0, OPTIONS.columns)
     begin, _, end = rows_that_see(start, sample, sizes, 1, OPTIONS)
     for first in range(begin, end, OPTIONS.rows):
@@ -251,8 +275,9 @@ def map_key_gradient_kernel(
             OPTIONS,
         )  # fmt: skip
         for head in range(0, key_heads * OPTIONS.group):
-            rows, queries, keys, scores = head_scores(
-                head, query, key, position, column, sample, hiding, sizes, units, True, OPTIONS
+            rows = locate_rows(position, head, index, sizes, 1, OPTIONS)
+            queries, keys, scores = head_scores(
+                head, rows, query, key, column, sample, hiding, units, True, OPTIONS
             )
             gradients = load_block(
                 grad_out, sample.index, head, position, rows.there, OPTIONS.value_width,
@@ -266,13 +291,13 @@ def map_key_gradient_kernel(
             grad_probability = inner_products(
                 values, gradients, OPTIONS.value_width, OPTIONS.chunk, OPTIONS.precision
             )
-            delta = tl.load(saved.delta + rows.at, mask=rows.there, other=0.0)
-            row_gradients = load_row_gradients(saved, delta, rows, sample, sizes, OPTIONS)
+            dot_product = tl.load(saved.delta + rows.at, mask=rows.there, other=0.0)
+            row_gradients = load_row_gradients(saved, dot_product, rows, sample, sizes, OPTIONS)
             probability, gradient = score_gradient(
                 scores, grad_probability, logarithm, column, row_gradients, sizes, units, True,
                 True, OPTIONS,
             )  # fmt: skip
-            at = (sample.index * key_heads + key_head) * key_length + column
+            at = (index * key_heads + key_head) * key_length + column
             tile = whole(gradients, OPTIONS.value_width, OPTIONS.block_value, OPTIONS.chunk)
             add_product(grad_value, at, keys.there, probability, tile, OPTIONS.value_width, OPTIONS)
             tile = whole(queries, OPTIONS.width, OPTIONS.block_width, OPTIONS.chunk)

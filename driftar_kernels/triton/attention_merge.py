@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_arguments import FAR_BELOW
-from .attention_forward import STATISTICS, State, Statistics, nothing_seen, store_rows
+from .attention_arguments import FAR_BELOW, read_options
+from .attention_forward import STATISTICS, nothing_seen, store_rows
+from .structures import structure
 
 
 @triton.jit
@@ -27,21 +28,26 @@ def merged(partial, count, at, there, splits, exponent, ROWS: tl.constexpr):
         moment = factor * (state.moment + drop * state.total)
         moment += their_factor * (their_moment + their_drop * their_total)
         total = factor * state.total + their_factor * their_total
-        state = Statistics(maximum, total, moment)
+        state = structure("Statistics")(maximum, total, moment)
     return state
 
 
 @triton.jit(do_not_specialize=["count", "splits"])
 def merge_kernel(
-    results,
+    out, entropy, lse, max_score, entropy_lse, entropy_cross, entropy_norm,  # Results
     partial_out,  # [splits, B, Hq, Lq, Dv] fp32
     partial,  # [splits, STATISTICS, B, Hq, Lq] fp32
-    units,
+    score_unit, natural_unit, exponent_unit,
     count,  # B Hq Lq
     splits,
     ROWS: tl.constexpr,
-    OPTIONS: tl.constexpr,
-):
+    option_text: tl.constexpr,
+):  # fmt: skip
+    OPTIONS: tl.constexpr = read_options(option_text)
+    units = structure("Units")(score_unit, natural_unit, exponent_unit)
+    results = structure("Results")(
+        out, entropy, lse, max_score, entropy_lse, entropy_cross, entropy_norm
+    )
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = at < count
     count = tl.cast(count, tl.int64)
@@ -53,13 +59,13 @@ def merge_kernel(
     inside = there[:, None] & (column < OPTIONS.value_width)[None, :]
     shift = tl.where(visible.maximum == float("-inf"), 0.0, visible.maximum)
     support = tl.zeros([ROWS], tl.float32)
-    out = tl.zeros([ROWS, OPTIONS.block_value], tl.float32)
+    total = tl.zeros([ROWS, OPTIONS.block_value], tl.float32)
     for slot in range(0, splits):
         source = partial + slot * STATISTICS * count + at
         drop = tl.load(source, mask=there, other=float("-inf")) - shift
         support += tl.load(source + 3 * count, mask=there, other=0.0)
         weight = tl.exp2(tl.maximum(drop, FAR_BELOW) * units.exponent)
         part = ((slot * count + at) * OPTIONS.value_width)[:, None] + column[None, :]
-        out += weight[:, None] * tl.load(partial_out + part, mask=inside, other=0.0)
-    state = State(visible, members, support.to(tl.int32), out)
+        total += weight[:, None] * tl.load(partial_out + part, mask=inside, other=0.0)
+    state = structure("State")(visible, members, support.to(tl.int32), total)
     store_rows(at, there, state, results, units, OPTIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -15,8 +16,9 @@ from torch import Tensor
 from .. import _checks
 from ..attention import ENTROPY_KINDS, check_arguments
 from . import autotune
-from .attention_arguments import Hiding, Matrix, Options, Units
 from .elementary import check_dtype
+from .launch import launch, power_of_two, recording
+from .structures import Hiding, Matrix, Units
 from .tuning import Tile, attention_pass, attention_tiles, inner_chunk
 
 MASKS = {None: 0, torch.bool: 1}  # anything else is added
@@ -53,13 +55,15 @@ def pack_ancestors(parents: Tensor) -> Tensor:
     bits = torch.empty(trees, nodes, words, dtype=torch.int32, device=parents.device)
     if bits.numel():
         lanes = 16
-        ancestor_kernel[(trees, triton.cdiv(nodes, lanes))](
+        launch(
+            ancestor_kernel,
+            (trees, triton.cdiv(nodes, lanes)),
             parents.contiguous(),
             bits,
             nodes,
             words,
             LANES=lanes,
-            WORDS=triton.next_power_of_2(words),
+            WORDS=power_of_two(words),
         )
     return bits
 
@@ -72,7 +76,7 @@ def precision(query: Tensor) -> str:
 
 def padded(width: int) -> int:
     """A head dimension as a power of two that the matrix units take."""
-    return max(16, triton.next_power_of_2(width))
+    return power_of_two(width, at_least=16)
 
 
 def matrix(x: Tensor) -> Matrix:
@@ -81,8 +85,8 @@ def matrix(x: Tensor) -> Matrix:
 
 
 @lru_cache(maxsize=1024)
-def _options(**values: Any) -> Options:
-    return Options(**{name: tl.constexpr(value) for name, value in values.items()})
+def _options(**values: Any) -> str:
+    return json.dumps(values)
 
 
 class Problem:
@@ -127,7 +131,7 @@ class Problem:
         _checks.integral("attention", "entropy_from", entropy_from, minimum=0)
         self.batch, self.heads, self.query_length, self.width = query.shape
         self.key_heads, self.key_length, self.value_width = *key.shape[1:3], value.shape[3]
-        self.group = self.heads // self.key_heads if self.key_heads else 1
+        self.group = int(self.heads // self.key_heads) if self.key_heads else 1
         self.rows = self.batch * self.heads * self.query_length
         self.packed = self.query_length * self.group
         self.device, self.dtype, self.entropy = query.device, query.dtype, entropy
@@ -144,10 +148,10 @@ class Problem:
         words = 0 if ancestors is None else ancestors.shape[2]
         shared = parents is None or parents.shape[0] == 1
         self.hiding = Hiding(
-            Matrix(query, 0, 0, 0, 0) if attn_mask is None else matrix(self._expanded(attn_mask)),
-            query if query_offsets is None else query_offsets,
-            query if key_lengths is None else key_lengths,
-            query if ancestors is None else ancestors,
+            Matrix(None, 0, 0, 0, 0) if attn_mask is None else matrix(self._expanded(attn_mask)),
+            query_offsets,
+            key_lengths,
+            ancestors,
             0 if shared else self.query_length * words,
             words,
         )
@@ -165,8 +169,8 @@ class Problem:
         rounding = precision(query)
         self._fields: dict[str, Any] = {
             "group": self.group,
-            "width": self.width,
-            "value_width": self.value_width,
+            "width": int(self.width),
+            "value_width": int(self.value_width),
             "block_width": padded(self.width),
             "block_value": padded(self.value_width),
             "chunk": inner_chunk(query.dtype, rounding, self.widest),
@@ -182,18 +186,18 @@ class Problem:
             "precision": rounding,
         }
 
-    def options(self, tile: Tile) -> Options:
-        """Compile-time options of a kernel that runs in such tiles."""
+    def options(self, tile: Tile) -> str:
+        """The Options, as text, of a kernel that runs in such tiles."""
         return _options(**self._fields, rows=tile.rows, columns=tile.columns)
 
     def run(self, name: str, launch: Callable[[Tile], None]) -> None:
         """Launch a pass ("forward", "query_gradient", "key_gradient") in its tile."""
         name = attention_pass(name, self.packed)
         crowded = self._fields["mask"] != 0 or self._fields["tree"]
-        tiles = attention_tiles(name, self.dtype, self.widest, crowded)
+        tiles = attention_tiles(name, self.dtype, self._fields["precision"], self.widest, crowded)
         fields = tuple(self._fields[field] for field in TUNED_BY)
         shape_class = (name, self.dtype, self.key_length > LONG, *fields)
-        autotune.run(self.device, shape_class, tiles, launch)
+        autotune.run(self.device, shape_class, tiles, launch, recording(ancestor_kernel))
 
     def _expanded(self, attn_mask: Tensor) -> Tensor:
         """The mask in full shape, by strides of 0."""

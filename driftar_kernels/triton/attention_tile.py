@@ -11,48 +11,19 @@ maximum is subtracted before scaling, so that exp2(0) is exact however large the
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
 from .attention_arguments import BOOL_MASK, FLOAT_MASK, NO_MASK
 from .elementary import dot
-
-
-class Sample(NamedTuple):
-    """One problem of the batch: keys before ``length`` are visible unless something hides them, a
-    tree's own lie between it and ``end``."""
-
-    index: Any
-    length: Any
-    end: Any
-    offset: Any
-
-
-class Rows(NamedTuple):
-    """The queries' side of a tile; every field ``[R]``."""
-
-    position: Any
-    head: Any
-    there: Any
-    at: Any  # index in [B, Hq, Lq]
-    bound: Any  # first key hidden by its position
-    mask: Any  # pointers
-    ancestors: Any  # pointers
-
-
-class Block(NamedTuple):
-    """Vectors ``[R, width]``, to be multiplied."""
-
-    at: Any  # [R] pointers
-    there: Any  # [R]
-    column: Any  # stride
-    tile: Any  # the vectors; ``there`` where products load them chunk by chunk
+from .structures import structure
 
 
 @triton.jit
-def load_sample(index, hiding, sizes, OPTIONS: tl.constexpr):
+def visible_keys(index, hiding, sizes, OPTIONS: tl.constexpr):
+    """(length, end, offset) of a Sample, which the caller makes of them and the index: what comes
+    out of a call that is given tensors must not reach the address of a store, or compilers take
+    these tensors for written."""
     length = sizes.keys
     if OPTIONS.lengths:
         length = tl.load(hiding.key_lengths + index)
@@ -64,26 +35,28 @@ def load_sample(index, hiding, sizes, OPTIONS: tl.constexpr):
     end = length
     if OPTIONS.tree:
         end = length + sizes.queries
-    return Sample(index, length, end, offset)
+    return length, end, offset
 
 
 @triton.jit
-def locate_rows(row, first_head, sample, hiding, sizes, GROUP: tl.constexpr, OPTIONS: tl.constexpr):
-    """Packed rows of the heads from ``first_head`` on."""
+def locate_rows(row, first_head, index, sizes, GROUP: tl.constexpr, OPTIONS: tl.constexpr):
+    """Packed rows of the heads from ``first_head`` on, in the problem ``index``."""
     there = row < sizes.queries * GROUP
     position = row // GROUP
     head = (first_head + row % GROUP).to(tl.int64)
-    at = (sample.index * sizes.key_heads * OPTIONS.group + head) * sizes.queries + position
-    # The bound never decreases along the positions.
-    bound = position * 0 + sample.length
+    at = (index * sizes.key_heads * OPTIONS.group + head) * sizes.queries + position
+    return structure("Rows")(position, head, there, at)
+
+
+@triton.jit
+def row_bounds(rows, sample, OPTIONS: tl.constexpr):
+    """The first key that each row cannot see by its position, which never decreases along them."""
+    bound = rows.position * 0 + sample.length
     if OPTIONS.causal:
-        bound = tl.minimum(bound, tl.maximum(position + sample.offset + 1, 0))
+        bound = tl.minimum(bound, tl.maximum(rows.position + sample.offset + 1, 0))
     if OPTIONS.tree:
-        bound = bound + position + 1
-    bound = tl.where(there, bound, 0)
-    mask = row_pointers(hiding.mask, sample.index, head, position)
-    ancestors = hiding.ancestors + sample.index * hiding.tree_stride + position * hiding.words
-    return Rows(position, head, there, at, bound, mask, ancestors)
+        bound = bound + rows.position + 1
+    return tl.where(rows.there, bound, 0)
 
 
 @triton.jit
@@ -141,7 +114,7 @@ def load_block(
     tile = there
     if CHUNK == 0:
         tile = load_tile(at, there, matrix.column, 0, WIDTH, PADDED)
-    return Block(at, there, matrix.column, tile)
+    return structure("Block")(at, there, matrix.column, tile)
 
 
 @triton.jit
@@ -190,13 +163,16 @@ def score_tile(
         scores = -scores
     if CHECKED or OPTIONS.mask != NO_MASK:
         key = of_keys(column, TRANSPOSED)
-        visible = key < of_rows(rows.bound, TRANSPOSED)
+        visible = key < of_rows(row_bounds(rows, sample, OPTIONS), TRANSPOSED)
         if OPTIONS.tree and CHECKED:
             node = key - sample.length
-            word = of_rows(rows.ancestors, TRANSPOSED) + (node >> 5)
+            at = hiding.ancestors + sample.index * hiding.tree_stride + rows.position * hiding.words
+            word = of_rows(at, TRANSPOSED) + (node >> 5)
             word = tl.load(word, mask=visible & (node >= 0), other=0)
             visible = visible & ((node < 0) | (((word >> (node & 31)) & 1) != 0))
-        at = of_rows(rows.mask, TRANSPOSED) + key.to(tl.int64) * hiding.mask.column
+        if OPTIONS.mask != NO_MASK:
+            at = row_pointers(hiding.mask, sample.index, rows.head, rows.position)
+            at = of_rows(at, TRANSPOSED) + key.to(tl.int64) * hiding.mask.column
         if OPTIONS.mask == BOOL_MASK:
             visible = visible & (tl.load(at, mask=visible, other=0) != 0)
         if OPTIONS.mask == FLOAT_MASK:

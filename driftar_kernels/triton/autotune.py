@@ -35,22 +35,31 @@ def enabled(device: torch.device) -> bool:
     return not torch.cuda.is_current_stream_capturing()
 
 
-def run(device: torch.device, shape_class: Hashable, tiles: Tiles, launch: Launch) -> None:
-    """Launch in the chosen one of ``tiles``; ``launch`` must not read what it writes."""
+def run(
+    device: torch.device, shape_class: Hashable, tiles: Tiles, launch: Launch, recorded: bool
+) -> None:
+    """Launch in the chosen one of ``tiles``; ``launch`` must not read what it writes. Where it is
+    ``recorded`` instead of run, nothing can be timed: the choice made before holds, or the default.
+    """
     tile = tiles[0]
     if len(tiles) > 1 and enabled(device):
-        tile = choose(device, shape_class, tiles, launch)
+        tile = choose(device, shape_class, tiles, None if recorded else launch)
     launch(tile)
 
 
-def choose(device: torch.device, shape_class: Hashable, tiles: Tiles, launch: Launch) -> Tile:
-    """The fastest of ``tiles``: as chosen before, by this process or another, or timed now."""
+def choose(
+    device: torch.device, shape_class: Hashable, tiles: Tiles, launch: Launch | None
+) -> Tile:
+    """The fastest of ``tiles``: as chosen before, by this process or another, or timed now, where
+    ``launch`` is given; otherwise the default."""
     key = device, shape_class, tiles
     if key not in _chosen:
         store = Store(cache_folder(), fingerprint(device))
         label = repr((shape_class, tiles))
         index = store.load().get(label)
         if not isinstance(index, int) or not 0 <= index < len(tiles):
+            if launch is None:
+                return tiles[0]
             durations = [milliseconds(partial(launch, tile)) for tile in tiles]
             index = durations.index(min(durations))
             store.add(label, index)

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _checks
 from ..reference.tree import MAX_PROPOSALS
 from .elementary import check_like, cosine_of_turns, expm1, is_finite
+from .launch import launch
 from .tuning import chain_tile
 
 
@@ -244,7 +245,9 @@ def verify_chain(
     if batch:
         tile = chain_tile(batch, width)
         inputs = (draft, draft_mean, draft_std, target_mean, target_std)
-        chain_kernel[(triton.cdiv(batch, tile.rows),)](
+        launch(
+            chain_kernel,
+            (triton.cdiv(batch, tile.rows),),
             *(x.contiguous() for x in inputs),
             seed,
             length,

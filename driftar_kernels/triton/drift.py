@@ -15,6 +15,7 @@ from .. import _checks
 from .drift_force_kernels import column_kernel, force_kernel, normaliser_kernel
 from .drift_kernels import centre_kernel, distance_kernel, mean_kernel
 from .elementary import check_dtype, check_like
+from .launch import launch, recording
 from .tuning import (
     DRIFT_CENTRE,
     DRIFT_DISTANCE,
@@ -71,10 +72,14 @@ class Problem:
             "FEATURES": DRIFT_CENTRE.columns,
         }
         feature_blocks = triton.cdiv(self.features, DRIFT_CENTRE.columns)
-        mean_kernel[(self.batch * feature_blocks,)](**common)
+        launch(mean_kernel, (self.batch * feature_blocks,), **common)
         point_blocks = triton.cdiv(self.points, DRIFT_CENTRE.rows)
-        centre_kernel[(self.batch * point_blocks,)](
-            **common, centred=self.centred, norms=self.norms
+        launch(
+            centre_kernel,
+            (self.batch * point_blocks,),
+            **common,
+            centred=self.centred,
+            norms=self.norms,
         )
 
     def statistic(self, *shape: int) -> Tensor:
@@ -95,7 +100,9 @@ class Problem:
             self.batch * triton.cdiv(rows, tile.rows) * triton.cdiv(self.points, tile.columns)
         )
         partial = self.statistic(programs)
-        distance_kernel[(programs,)](
+        launch(
+            distance_kernel,
+            (programs,),
             self.centred,
             self.norms,
             self.weight,
@@ -128,10 +135,12 @@ def drift_distances(
     return kept, sums.to(torch.float32)
 
 
-@lru_cache(maxsize=64)
 def _inverse(temperatures: tuple[float, ...], device: torch.device) -> Tensor:
-    """1 / R on the device, copied there once."""
+    """1 / R on the device."""
     return torch.tensor([1.0 / value for value in temperatures], device=device)
+
+
+_kept_inverse = lru_cache(maxsize=64)(_inverse)  # copied there once
 
 
 def drift_force(
@@ -153,7 +162,9 @@ def drift_force(
     if not temperatures or min(temperatures) <= 0:
         raise ValueError(f"{op}: temperatures must be > 0, got {list(temperatures)}")
     count = len(temperatures)
-    inverse = _inverse(tuple(temperatures), gen.device)
+    # A recorded tensor belongs to its graph.
+    inverse_of = _inverse if recording(normaliser_kernel) else _kept_inverse
+    inverse = inverse_of(tuple(temperatures), gen.device)
     if distances.numel():
         panels = [(0, problem.generated)]
         scratch = distances.contiguous()
@@ -170,7 +181,9 @@ def drift_force(
     for first, rows in panels:
         if not distances.numel():
             problem.distances(first, rows, scratch)
-        normaliser_kernel[(problem.batch * triton.cdiv(rows, DRIFT_NORMALISER.rows),)](
+        launch(
+            normaliser_kernel,
+            (problem.batch * triton.cdiv(rows, DRIFT_NORMALISER.rows),),
             scratch,
             scale,
             inverse,
@@ -189,7 +202,9 @@ def drift_force(
             num_warps=DRIFT_NORMALISER.warps,
         )
     block = DRIFT_NORMALISER.columns
-    column_kernel[(problem.batch * triton.cdiv(problem.points, block),)](
+    launch(
+        column_kernel,
+        (problem.batch * triton.cdiv(problem.points, block),),
         column_least,
         column_sum,
         inverse,
@@ -212,7 +227,9 @@ def drift_force(
             * triton.cdiv(problem.features, DRIFT_FEATURES)
         )
         partial = problem.statistic(count, programs)
-        force_kernel[(programs, count)](
+        launch(
+            force_kernel,
+            (programs, count),
             problem.centred,
             problem.weight,
             scratch,

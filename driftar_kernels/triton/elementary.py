@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks
-from ..backends import TRITON_INTERPRETED
+from .._library import TRITON_INTERPRETED
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .elementary import check_dtype, check_like, expm1, narrow
+from .launch import launch
 from .tuning import ELEMENTWISE
 
 
@@ -132,8 +133,16 @@ def entropy_to_sigma(entropy: Tensor, sigma_max: float, tau: float, entropy_max:
     count = entropy.numel()
     if count:
         block = ELEMENTWISE.rows * ELEMENTWISE.columns
-        sigma_kernel[(triton.cdiv(count, block),)](
-            source, sigma, count, sigma_max, tau, entropy_max, BLOCK=block
+        launch(
+            sigma_kernel,
+            (triton.cdiv(count, block),),
+            source,
+            sigma,
+            count,
+            sigma_max,
+            tau,
+            entropy_max,
+            BLOCK=block,
         )
     return sigma
 
@@ -149,7 +158,9 @@ def entropy_to_sigma_backward(
     count = entropy.numel()
     if count:
         block = ELEMENTWISE.rows * ELEMENTWISE.columns
-        sigma_backward_kernel[(triton.cdiv(count, block),)](
+        launch(
+            sigma_backward_kernel,
+            (triton.cdiv(count, block),),
             grad.contiguous(),
             entropy.contiguous(),
             grad_entropy,
@@ -174,7 +185,9 @@ def entropy_prior(
     out = torch.empty(mean.shape, dtype=mean.dtype, device=mean.device)
     if out.numel():
         count = entropy.numel()
-        prior_kernel[(triton.cdiv(count, ELEMENTWISE.rows),)](
+        launch(
+            prior_kernel,
+            (triton.cdiv(count, ELEMENTWISE.rows),),
             mean.contiguous(),
             entropy.contiguous(),
             noise.contiguous(),
@@ -213,7 +226,9 @@ def entropy_prior_backward(
     grad_noise = torch.empty(noise.shape if need_noise else none, dtype=noise.dtype, device=device)
     count = entropy.numel()
     if count:
-        prior_backward_kernel[(triton.cdiv(count, ELEMENTWISE.rows),)](
+        launch(
+            prior_backward_kernel,
+            (triton.cdiv(count, ELEMENTWISE.rows),),
             grad.contiguous(),
             entropy.contiguous(),
             noise.contiguous(),

@@ -46,6 +46,16 @@ def _attention(dtype: torch.dtype, width: int, entropy: str = "head", **options:
     )  # fmt: skip
 
 
+def _attention_tf32(width: int) -> None:
+    """fp32 with products in TF32, as PyTorch's matmul precision may ask for."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        _attention(torch.float32, width)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def _drift(batch: int, count: int, negatives: int, features: int) -> None:
     gen, pos = (_empty(batch, count, features) for _ in range(2))
     neg = _empty(batch, negatives, features) if negatives else None
@@ -117,6 +127,8 @@ def cases() -> dict[str, Case]:
     for label, dtype in DTYPES.items():
         for width in (64, 128, 256):
             runs[f"attention {label} D={width}"] = partial(_attention, dtype, width)
+    for width in (64, 128, 256):
+        runs[f"attention fp32 as tf32 D={width}"] = partial(_attention_tf32, width)
     half = torch.bfloat16
     offsets = _empty(2, dtype=torch.int64)
     options: dict[str, dict[str, Any]] = {

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from torch._library.triton import set_wrap_triton_enabled
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -49,7 +50,8 @@ def recorded() -> Iterator[list[Launch]]:
 
     JITFunction.run = record
     try:
-        yield launches
+        with set_wrap_triton_enabled(False):
+            yield launches
     finally:
         JITFunction.run = original
 

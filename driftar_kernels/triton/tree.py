@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import _checks
 from .elementary import check_dtype, check_like
+from .launch import launch, power_of_two
 from .tuning import COMMIT_COLUMNS, TREE_COLUMNS, tree_warps
 
 
@@ -180,10 +181,10 @@ def _verdict(batch: int, max_depth: int, device: torch.device) -> tuple[Tensor, 
 
 def _lanes(nodes: int) -> dict[str, int]:
     """One lane a node; at least one, so that an empty tree has a verdict."""
-    lanes = max(triton.next_power_of_2(nodes), 16)
+    lanes = power_of_two(nodes, at_least=16)
     return {
         "NODES": lanes,
-        "ROUNDS": max(nodes - 1, 0).bit_length(),
+        "ROUNDS": lanes.bit_length() - 1,
         "num_warps": tree_warps(lanes),
     }
 
@@ -201,7 +202,9 @@ def walk_tree(parents: Tensor, accept: Tensor, max_depth: int) -> tuple[Tensor, 
     parents = _check_parents(op, parents, max_depth, accept)
     result = _verdict(batch, max_depth, accept.device)
     if batch:
-        walk_kernel[(batch,)](
+        launch(
+            walk_kernel,
+            (batch,),
             parents,
             accept.contiguous().view(torch.int8),
             *result,
@@ -225,7 +228,9 @@ def verify_tree(
     parents = _check_parents(op, parents, max_depth, draft)
     result = _verdict(batch, max_depth, draft.device)
     if batch:
-        verify_kernel[(batch,)](
+        launch(
+            verify_kernel,
+            (batch,),
             parents,
             draft.contiguous(),
             target.contiguous(),
@@ -264,7 +269,9 @@ def commit_path(
         if cache.numel() == 0:
             continue
         width = cache.shape[3]
-        commit_kernel[(batch * heads, triton.cdiv(width, COMMIT_COLUMNS))](
+        launch(
+            commit_kernel,
+            (batch * heads, triton.cdiv(width, COMMIT_COLUMNS)),
             cache,
             prefix,
             path,

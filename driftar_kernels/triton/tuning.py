@@ -13,7 +13,7 @@ from functools import cache
 
 import torch
 
-from ..backends import TRITON_INTERPRETED as INTERPRETED  # whose programs run one by one, slowly
+from .._library import TRITON_INTERPRETED as INTERPRETED  # whose programs run one by one, slowly
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,11 @@ ATTENTION: dict[tuple[str, int], dict[int, Tiles]] = {
         256: (Tile(16, 16, 8, 1),),
     },
 }
+# Instead of those of fp32, where these would spill once matrix units multiply.
+TF32: dict[tuple[str, int], Tiles] = {
+    ("forward", 256): (Tile(32, 16, 8, 1),),
+    ("key_gradient", 128): (Tile(32, 32, 8, 1),),
+}
 
 
 def attention_pass(name: str, rows: int) -> str:
@@ -96,18 +101,23 @@ def attention_pass(name: str, rows: int) -> str:
     return "decode" if name == "forward" and rows <= FEWEST_ROWS else name
 
 
-def attention_tiles(name: str, dtype: torch.dtype, widest: int, crowded: bool) -> Tiles:
+def attention_tiles(
+    name: str, dtype: torch.dtype, precision: str, widest: int, crowded: bool
+) -> Tiles:
     """Tiles that a pass may run in, the default first; ``widest`` of D and Dv.
 
     ``crowded`` passes hold a tile of a mask or a tree as well.
     """
     classes = ATTENTION[name, dtype.itemsize]
-    tiles = next((classes[c] for c in classes if widest <= c), None)
-    if tiles is None:
+    largest = next((c for c in classes if widest <= c), None)
+    if largest is None:
         raise NotImplementedError(
             f"attention: head dimensions up to {max(classes)} run on the triton backend, "
             f"got {widest}"
         )
+    tiles = classes[largest]
+    if precision == "tf32":
+        tiles = TF32.get((name, largest), tiles)
     if crowded and name != "decode":
         warps = 4 if widest <= 64 else tiles[0].warps
         most = 64 if name == "forward" else 32

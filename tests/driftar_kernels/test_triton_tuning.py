@@ -130,8 +130,9 @@ def test_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not autotune.enabled(CPU)
     ran: list[Tile] = []
     tiles: Tiles = (Tile(16, 16), Tile(32, 16))
-    autotune.run(CPU, ("a class",), tiles, ran.append)
-    assert ran == [tiles[0]]
+    for recorded in (False, True):
+        autotune.run(CPU, ("a class",), tiles, ran.append, recorded)
+    assert ran == [tiles[0]] * 2
 
 
 def test_kernels_that_work_in_place_are_never_timed(
