@@ -36,6 +36,9 @@ TORCH_LIBRARY(driftar, library) {
       "commit_path(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor key_lengths, Tensor path, "
       "Tensor length) -> Tensor");
   library.def(
+      "drift_field(Tensor gen, Tensor pos, Tensor? neg, Tensor? weight, bool keep, "
+      "float[] temperatures) -> (Tensor force, Tensor scale, Tensor norms, Tensor loss)");
+  library.def(
       "drift_distances(Tensor gen, Tensor pos, Tensor? neg, Tensor weight, bool keep) -> "
       "(Tensor distances, Tensor sums)");
   library.def(
@@ -60,6 +63,14 @@ TORCH_LIBRARY(driftar, library) {
       "entropy_prior_backward(Tensor grad, Tensor entropy, Tensor noise, float sigma_max, "
       "float tau, float entropy_max, bool need_entropy, bool need_noise) -> "
       "(Tensor grad_entropy, Tensor grad_noise)");
+}
+
+// These results carry no gradient: PyTorch passes over its autograd layer instead of through its
+// default for operators without a formula.
+TORCH_LIBRARY_IMPL(driftar, Autograd, library) {
+  for (const char* op : {"walk_tree", "verify_tree", "drift_field"}) {
+    library.impl(op, torch::CppFunction::makeFallthrough());
+  }
 }
 
 namespace {

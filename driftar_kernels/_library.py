@@ -151,6 +151,11 @@ def call(operator: Any, *arguments: Any) -> Any:
         return operator(*arguments)
 
 
+def differentiates(x: torch.Tensor) -> bool:
+    """Whether a call on ``x`` must carry a derivative, backward or forward."""
+    return (x.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0
+
+
 def _refuse_tangents(operator: Any, arguments: Iterable[Any]) -> None:
     for x in arguments:
         if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:

@@ -152,6 +152,14 @@ def _process_choice() -> str | None:
 _process_default = _process_choice()
 
 
+_CPU = torch.device("cpu")
+
+
+def runs_cpp(op: str) -> bool:
+    """Whether CPU tensors given to ``op`` reach the C++ kernels."""
+    return select(op, _CPU) == "cpu"
+
+
 def select(op: str, device: torch.device) -> str:
     """The backend that runs ``op`` on tensors of ``device``.
 

@@ -15,6 +15,7 @@ from . import _checks, _library, backends
 from .reference import drift as reference
 
 NORMALIZATIONS = ("bilateral",)
+TEMPERATURES = (0.02, 0.05, 0.2)
 MAX_KEPT = 1 << 24  # elements of the N x M distances of all problems: 64 MB in fp32
 MAX_KEPT_OF_SMALL = 1 << 26  # the same, of problems as small as these:
 # Which problems are many and small: kSmallElements and kManyProblems of csrc/cpu/drift.h.
@@ -46,7 +47,7 @@ def drift_field(
     pos: Tensor,
     neg: Tensor | None = None,
     *,
-    temperatures: Sequence[float] = (0.02, 0.05, 0.2),
+    temperatures: Sequence[float] = TEMPERATURES,
     gen_weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
     neg_weight: Tensor | None = None,
@@ -85,7 +86,7 @@ def drift_field(
     Under autocast 16-bit inputs are widened to fp32 first.
     """
     weights = (gen_weight, pos_weight, neg_weight)
-    return _field("drift_field", gen, pos, neg, weights, temperatures, normalization, group)
+    return _field("drift_field", gen, pos, neg, weights, temperatures, normalization, group)[0]
 
 
 def drift_loss(
@@ -93,7 +94,7 @@ def drift_loss(
     pos: Tensor,
     neg: Tensor | None = None,
     *,
-    temperatures: Sequence[float] = (0.02, 0.05, 0.2),
+    temperatures: Sequence[float] = TEMPERATURES,
     gen_weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
     neg_weight: Tensor | None = None,
@@ -120,24 +121,31 @@ def drift_loss(
     """
     _checks.choice("drift_loss", "reduction", reduction, ("mean", "none"))
     weights = (gen_weight, pos_weight, neg_weight)
-    field = _field("drift_loss", gen, pos, neg, weights, temperatures, normalization, group)
-    unit = reference.input_scale(field.scale, gen.shape[2])
-    native = backends.select("drift_loss", gen.device) in ("cpu", "cuda")
-    loss = _Loss.apply(gen, field.force, unit, native)
-    return loss.mean() if reduction == "mean" else loss
+    field, loss = _field("drift_loss", gen, pos, neg, weights, temperatures, normalization, group)
+    if loss is None:
+        loss = torch.linalg.vector_norm(field.force, dim=(1, 2)).square() / field.force[0].numel()
+    if _library.differentiates(gen):
+        unit = reference.input_scale(field.scale, gen.shape[2])
+        native = backends.select("drift_loss", gen.device) in ("cpu", "cuda")
+        loss = _Loss.apply(gen, loss, field.force, unit, native)
+    if reduction == "none":
+        return loss
+    return loss.mean() if gen.shape[0] > 1 else loss.squeeze(0)
 
 
 class _Loss(torch.autograd.Function):
     """``mean_is ((gen - constant) / unit - force)^2`` of every problem, where gen = constant."""
 
     @staticmethod
-    def forward(ctx: Any, gen: Tensor, force: Tensor, unit: Tensor, native: bool) -> Tensor:
+    def forward(
+        ctx: Any, gen: Tensor, loss: Tensor, force: Tensor, unit: Tensor, native: bool
+    ) -> Tensor:
         ctx.native = native
         ctx.save_for_backward(gen, force, unit)
-        return torch.linalg.vector_norm(force, dim=(1, 2)).square() / force[0].numel()
+        return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None, None]:
         gen, force, unit = ctx.saved_tensors
         factor = grad_loss * (-2 / (unit * force[0].numel()))
         if torch.is_grad_enabled():  # zero, but for its derivative
@@ -145,8 +153,8 @@ class _Loss(torch.autograd.Function):
             force = force - (wide - wide.detach()) / unit
         elif ctx.native:
             gradient = _library.native("drift_loss_gradient")(force, factor, gen.dtype)
-            return gradient, None, None, None
-        return (force * factor[:, None, None]).to(gen.dtype), None, None, None
+            return gradient, None, None, None, None
+        return (force * factor[:, None, None]).to(gen.dtype), None, None, None, None
 
 
 def _field(
@@ -158,31 +166,47 @@ def _field(
     temperatures: Sequence[float],
     normalization: str,
     group: torch.distributed.ProcessGroup | None,
-) -> DriftField:
-    values = _check(op, gen, pos, neg, weights, temperatures, normalization)
-    gen, pos, *rest = _checks.widen_under_autocast(
-        gen.device, gen.detach(), pos.detach(), *([] if neg is None else [neg.detach()])
-    )
-    neg = rest[0] if rest else None
-    weight = _stack_weights(gen, pos, neg, weights)
+) -> tuple[DriftField, Tensor | None]:
+    """The field and, where it comes with it, the mean squared force of every problem ``[B]``."""
+    values = temperatures
+    if not (
+        _obviously_fit(gen, pos, neg, weights, temperatures, normalization)
+        and backends.runs_cpp(op)
+    ):
+        values = _check(op, gen, pos, neg, weights, temperatures, normalization)
+        gen, pos, *rest = _checks.widen_under_autocast(
+            gen.device, gen.detach(), pos.detach(), *([] if neg is None else [neg.detach()])
+        )
+        neg = rest[0] if rest else None
     backend = backends.select(op, gen.device)
+    batch, count, _ = gen.shape
+    all_points = count + pos.shape[1] + (0 if neg is None else neg.shape[1])
+    many_small = batch >= MIN_PROBLEMS and count * all_points <= MAX_SMALL
+    keep = batch * count * all_points <= (MAX_KEPT_OF_SMALL if many_small else MAX_KEPT)
+    if backend == "cpu" and group is None and not many_small:
+        weight = None if _unweighted(weights) else _stack_weights(gen, pos, neg, weights)
+        force, scale, norms, loss = _library.native("drift_field")(
+            gen, pos, neg, weight, keep, values
+        )
+        return DriftField(force, scale, norms), loss
+    weight = _stack_weights(gen, pos, neg, weights)
     with torch.no_grad(), _checks.without_autocast(gen.device):
         if backend == "reference":
             _, sums = reference.drift_distances(gen, pos, neg, weight)
         else:
             distances, sums = _library.operator("drift_distances", backend)(
-                gen, pos, neg, weight, _keep_distances(gen, weight)
+                gen, pos, neg, weight, keep
             )
         sums = _all_reduce(sums, group)
         scale = sums[0] / sums[1].clamp(min=torch.finfo(sums.dtype).tiny)
         points = (gen, pos, neg, weight)
-        if backend in ("cpu", "cuda") and _many_small(gen, weight):
+        if backend in ("cpu", "cuda") and many_small:
             # A second look at the points costs less than the raw forces' way through memory.
             forces = (*points, distances, scale, values)
             squares, balances = _library.native("drift_squares")(*forces)
             norms = _norms(squares, gen, group)
             force = _library.native("drift_combined_force")(*forces, balances, _factors(norms))
-            return DriftField(force, scale, norms)
+            return DriftField(force, scale, norms), None
         if backend == "reference":
             raw, squares = reference.drift_force(*points, scale, values)
         else:
@@ -191,7 +215,34 @@ def _field(
             )
         norms = _norms(squares, gen, group)
         force = torch.mv(raw.flatten(1).t(), _factors(norms)).view(gen.shape)
-    return DriftField(force, scale, norms)
+    return DriftField(force, scale, norms), None
+
+
+def _unweighted(weights: Weights) -> bool:
+    gen_weight, pos_weight, neg_weight = weights
+    return gen_weight is None and pos_weight is None and neg_weight is None
+
+
+def _obviously_fit(
+    gen: Tensor,
+    pos: Tensor,
+    neg: Tensor | None,
+    weights: Weights,
+    temperatures: Sequence[float],
+    normalization: str,
+) -> bool:
+    """Whether the C++ operators' own checks suffice, as in most calls: those here take longer than
+    a small call.
+    """
+    return (
+        _checks.plain_cpu(gen, pos)
+        and temperatures is TEMPERATURES
+        and normalization == "bilateral"
+        and _unweighted(weights)
+        and (neg is None or (_checks.plain_cpu(neg) and neg.dim() == 3 and neg.dtype is gen.dtype))
+        and gen.dim() == pos.dim() == 3
+        and gen.dtype is pos.dtype
+    )
 
 
 def _check(
@@ -249,7 +300,7 @@ def _stack_weights(gen: Tensor, pos: Tensor, neg: Tensor | None, weights: Weight
     """Weights of all points ``[B, M]`` in the order gen, neg, pos."""
     dtype = torch.promote_types(gen.dtype, torch.float32)
     gen_weight, pos_weight, neg_weight = weights
-    if all(w is None for w in weights):
+    if _unweighted(weights):
         count = gen.shape[1] + pos.shape[1] + (0 if neg is None else neg.shape[1])
         return gen.new_ones(gen.shape[0], count, dtype=dtype)
     pairs = [(gen, gen_weight), (neg, neg_weight), (pos, pos_weight)]
@@ -285,23 +336,29 @@ def _factors(norms: Tensor) -> Tensor:
     return norms.clamp(min=reference.MIN_MEAN_SQUARE).rsqrt()
 
 
-def _many_small(gen: Tensor, weight: Tensor) -> bool:
-    """Whether there are so many so small problems that each is best computed by one core."""
-    return gen.shape[0] >= MIN_PROBLEMS and gen.shape[1] * weight.shape[1] <= MAX_SMALL
-
-
-def _keep_distances(gen: Tensor, weight: Tensor) -> bool:
-    """Whether the N x M distances are kept between the passes or computed again."""
-    most = MAX_KEPT_OF_SMALL if _many_small(gen, weight) else MAX_KEPT
-    return gen.shape[0] * gen.shape[1] * weight.shape[1] <= most
-
-
 def _distances_fake(
     gen: Tensor, pos: Tensor, neg: Tensor | None, weight: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(gen.dtype, torch.float32)
     shape = (gen.shape[0] if keep else 0, gen.shape[1], weight.shape[1])
     return gen.new_empty(shape, dtype=dtype), gen.new_empty(2, dtype=dtype)
+
+
+def _field_fake(
+    gen: Tensor,
+    pos: Tensor,
+    neg: Tensor | None,
+    weight: Tensor | None,
+    keep: bool,
+    temperatures: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(gen.dtype, torch.float32)
+    return (
+        gen.new_empty(gen.shape, dtype=dtype),
+        gen.new_empty((), dtype=dtype),
+        gen.new_empty(len(temperatures), dtype=dtype),
+        gen.new_empty(gen.shape[0], dtype=dtype),
+    )
 
 
 def _force_fake(
@@ -350,6 +407,7 @@ def _loss_gradient_fake(force: Tensor, factor: Tensor, dtype: torch.dtype) -> Te
     return force.new_empty(force.shape, dtype=dtype)
 
 
+_library.register_fake("drift_field", _field_fake, twin=False)
 _library.register_fake("drift_distances", _distances_fake)
 _library.register_fake("drift_force", _force_fake)
 _library.register_fake("drift_squares", _squares_fake, twin=False)

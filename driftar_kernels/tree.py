@@ -186,14 +186,18 @@ def verify_tree(tree: DraftTree, draft: Tensor, target: Tensor, *, tolerance: fl
         TypeError, ValueError: an argument of the wrong dtype, shape, device or range.
     """
     op = "verify_tree"
+    if _checks.plain_cpu(draft, target) and type(tree) is DraftTree and backends.runs_cpp(op):
+        # The smallest call costs what is checked here; the C++ operator checks shapes and dtypes.
+        _check_tolerance(op, tolerance)
+        verdict = _library.native(op)(tree.parents, draft, target, tolerance, tree.max_depth)
+        return TreeVerdict(*verdict)
     _checks.tensor(op, "draft", draft, rank=3)
     _checks.tensor(op, "target", target)
     _checks.same_device(op, draft=draft, target=target)
     _checks.floating(op, draft=draft, target=target)
     _check_tree(op, tree, draft.shape[0], draft.shape[1], draft.device, "draft")
     _checks.shape(op, "target", target, draft.shape, "[B, N, D]")
-    if _checks.number(op, "tolerance", tolerance) < 0:
-        raise ValueError(f"{op}: tolerance must be >= 0, got {tolerance}")
+    _check_tolerance(op, tolerance)
     backend = backends.select(op, draft.device)
     if backend == "reference":
         accept = reference.agreement(draft, target, tolerance)
@@ -203,6 +207,11 @@ def verify_tree(tree: DraftTree, draft: Tensor, target: Tensor, *, tolerance: fl
             tree.parents, draft, target, float(tolerance), tree.max_depth
         )
     )
+
+
+def _check_tolerance(op: str, tolerance: float) -> None:
+    if _checks.number(op, "tolerance", tolerance) < 0:
+        raise ValueError(f"{op}: tolerance must be >= 0, got {tolerance}")
 
 
 def verify_chain(

@@ -42,12 +42,17 @@ def test_every_source_is_built() -> None:
     assert listed == existing
 
 
+# What every call into PyTorch costs matters to small problems on the CPU; on a GPU launches do.
+CPU_ALONE = {"drift_field"}
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_schema_is_implemented(device: str) -> None:
     text = (ROOT / "csrc/ops.cpp").read_text()
     schemas = set(re.findall(r'def\(\s*"(\w+)\(', text))
     bindings = "".join(path.read_text() for path in (ROOT / "csrc" / device).glob("*.cpp"))
-    assert schemas == set(re.findall(r'library\.impl\("(\w+)"', bindings))
+    wanted = schemas - CPU_ALONE if device == "cuda" else schemas
+    assert wanted == set(re.findall(r'library\.impl\("(\w+)"', bindings))
     assert schemas
 
 

@@ -8,9 +8,14 @@
 
 namespace driftar {
 
-// gen [B, N, S], pos [B, P, S], neg [B, Q, S], weight [B, N + Q + P].
+inline int64_t drift_point_count(const at::Tensor& gen, const at::Tensor& pos,
+                                 const std::optional<at::Tensor>& neg) {
+  return gen.size(1) + pos.size(1) + (neg ? neg->size(1) : 0);
+}
+
+// gen [B, N, S], pos [B, P, S], neg [B, Q, S].
 inline void check_drift_points(const char* op, const at::Tensor& gen, const at::Tensor& pos,
-                               const std::optional<at::Tensor>& neg, const at::Tensor& weight) {
+                               const std::optional<at::Tensor>& neg) {
   check_floating(op, "gen", gen);
   check_rank(op, "gen", gen, 3);
   TORCH_CHECK_VALUE(gen.numel() > 0, op, ": gen must not be empty, got shape ", gen.sizes());
@@ -21,18 +26,27 @@ inline void check_drift_points(const char* op, const at::Tensor& gen, const at::
   };
   check_part("pos", pos);
   if (neg) check_part("neg", *neg);
-  const int64_t points = gen.size(1) + pos.size(1) + (neg ? neg->size(1) : 0);
-  check_shape(op, "weight", weight, {gen.size(0), points});
+}
+
+// The same with weight [B, N + Q + P].
+inline void check_drift_points(const char* op, const at::Tensor& gen, const at::Tensor& pos,
+                               const std::optional<at::Tensor>& neg, const at::Tensor& weight) {
+  check_drift_points(op, gen, pos, neg);
+  check_shape(op, "weight", weight, {gen.size(0), drift_point_count(gen, pos, neg)});
   check_statistic(op, "weight", weight, gen);
+}
+
+inline void check_temperatures(const char* op, at::ArrayRef<double> temperatures) {
+  for (const double temperature : temperatures) {
+    TORCH_CHECK_VALUE(temperature > 0, op, ": temperatures must be > 0, got ", temperature);
+  }
 }
 
 // What the force needs besides the points: distances [B, N, M] or none, scale a scalar.
 inline void check_drift_statistics(const char* op, const at::Tensor& gen, const at::Tensor& weight,
                                    const at::Tensor& distances, const at::Tensor& scale,
                                    at::ArrayRef<double> temperatures) {
-  for (const double temperature : temperatures) {
-    TORCH_CHECK_VALUE(temperature > 0, op, ": temperatures must be > 0, got ", temperature);
-  }
+  check_temperatures(op, temperatures);
   TORCH_CHECK_VALUE(scale.numel() == 1, op, ": scale must be a scalar, got shape ", scale.sizes());
   check_statistic(op, "scale", scale, gen);
   if (distances.numel() == 0) return;

@@ -19,17 +19,28 @@ inline void check_tree(const char* op, const at::Tensor& parents, const at::Tens
                     " nodes, got shape ", parents.sizes());
 }
 
+// x [B, N, ...] has the nodes of the tree.
+inline void check_nodes(const char* op, const char* name, const at::Tensor& x,
+                        const at::Tensor& parents) {
+  check_rank(op, "parents", parents, 2);
+  TORCH_CHECK_VALUE(x.size(1) == parents.size(1), op, ": ", name, " must have ", parents.size(1),
+                    " nodes like parents, got ", x.size(1));
+}
+
 // accept bool [B, N]
-inline void check_accept(const char* op, const at::Tensor& accept) {
+inline void check_accept(const char* op, const at::Tensor& accept, const at::Tensor& parents) {
   check_rank(op, "accept", accept, 2);
   TORCH_CHECK_TYPE(accept.scalar_type() == at::kBool, op, ": accept must be bool, got ",
                    accept.scalar_type());
+  check_nodes(op, "accept", accept, parents);
 }
 
 // draft and target [B, N, D]
-inline void check_drafts(const char* op, const at::Tensor& draft, const at::Tensor& target) {
+inline void check_drafts(const char* op, const at::Tensor& draft, const at::Tensor& target,
+                         const at::Tensor& parents) {
   check_floating(op, "draft", draft);
   check_rank(op, "draft", draft, 3);
+  check_nodes(op, "draft", draft, parents);
   check_like(op, "target", target, draft);
   check_shape(op, "target", target, draft.sizes());
 }

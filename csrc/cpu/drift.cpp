@@ -5,11 +5,14 @@
 #include "huge_pages.h"
 #include "parallel.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/tensor.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cmath>
+#include <limits>
 #include <numeric>
 #include <tuple>
 #include <vector>
@@ -24,6 +27,8 @@ using std::optional;
 // Column statistics of a large problem: so many threads can gather them, and as their number does
 // not depend on the threads, nor do the results.
 constexpr int64_t kColumnChunks = 32;
+// MIN_MEAN_SQUARE of the reference.
+constexpr double kMinMeanSquare = 1e-8;
 
 template <typename T>
 Samples<T> samples(const Tensor& x) {
@@ -60,13 +65,13 @@ struct BlockMemory {
     }
     if (distances) {
       by_point = empty_large({call.batch, padded, call.features}, options);
-      squared_norms = at::empty({call.batch, stripes, padded}, options);
+      squared_norms = at::cpu::empty({call.batch, stripes, padded}, options);
       call.by_point = by_point.mutable_data_ptr<acc_t>();
       call.squared_norms = squared_norms.mutable_data_ptr<acc_t>();
     }
     slot_size =
         std::max(block_scratch<acc_t>(call.height, call.points), padded * kPanelWidth<acc_t>);
-    scratch = at::empty({thread_count(), slot_size}, options);
+    scratch = at::cpu::empty({thread_count(), slot_size}, options);
   }
 };
 
@@ -90,7 +95,7 @@ void each_problem(const DriftBatch<T>& call, const at::TensorOptions& options, B
   dispatch_isa([&](auto isa) {
     using Kernel = DriftBatchKernel<decltype(isa)::value, T>;
     const int64_t slot_size = Kernel::scratch(call);
-    const Tensor scratch = at::empty({thread_count(), slot_size}, options);
+    const Tensor scratch = at::cpu::empty({thread_count(), slot_size}, options);
     auto* memory = scratch.mutable_data_ptr<accumulate_t<T>>();
     parallel_for(call.batch,
                  [&](int64_t b, int64_t slot) { body(Kernel{}, b, memory + slot * slot_size); });
@@ -128,56 +133,59 @@ double distances_of_large(const DriftPoints<T>& points, const at::TensorOptions&
   return std::accumulate(partial.begin(), partial.end(), 0.0);
 }
 
+// Distances, empty unless they are to be kept, and sum_ij d_ij w_j / N over the batch.
+std::tuple<Tensor, double> weighted_distances(const Tensor& gen, const Tensor& pos,
+                                              const optional<Tensor>& neg, const Tensor& weights,
+                                              bool keep) {
+  const Tensor distances =
+      empty_large({keep ? gen.size(0) : 0, gen.size(1), weights.size(1)}, weights.options());
+  const double total = dispatch_floating(gen.scalar_type(), [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    const auto points = drift_points<scalar_t>(gen, pos, neg, weights);
+    auto* kept = keep ? distances.mutable_data_ptr<accumulate_t<scalar_t>>() : nullptr;
+    return is_many_small(points) ? distances_of_many(points, weights.options(), kept)
+                                 : distances_of_large(points, weights.options(), kept);
+  });
+  return {distances, total / static_cast<double>(gen.size(1))};
+}
+
 std::tuple<Tensor, Tensor> drift_distances(const Tensor& gen, const Tensor& pos,
                                            const optional<Tensor>& neg, const Tensor& weight,
                                            bool keep) {
   check_drift_points("drift_distances", gen, pos, neg, weight);
-  const Tensor weights = weight.contiguous();
-  const Tensor distances =
-      empty_large({keep ? gen.size(0) : 0, gen.size(1), weight.size(1)}, weight.options());
-  double total = 0;
-  dispatch_floating(gen.scalar_type(), [&](auto tag) {
-    using scalar_t = typename decltype(tag)::type;
-    const auto points = drift_points<scalar_t>(gen, pos, neg, weights);
-    auto* kept = keep ? distances.mutable_data_ptr<accumulate_t<scalar_t>>() : nullptr;
-    total = is_many_small(points) ? distances_of_many(points, weight.options(), kept)
-                                  : distances_of_large(points, weight.options(), kept);
-  });
-  total /= static_cast<double>(gen.size(1));
+  const auto [distances, total] = weighted_distances(gen, pos, neg, weight.contiguous(), keep);
   const Tensor sums = at::tensor({total, weight.sum(at::kDouble).item<double>()}, at::kDouble);
   return {distances, sums.to(weight.scalar_type())};
 }
 
-std::tuple<Tensor, Tensor> drift_force(const Tensor& gen, const Tensor& pos,
-                                       const optional<Tensor>& neg, const Tensor& weight,
-                                       const Tensor& distances, const Tensor& scale,
-                                       at::ArrayRef<double> temperatures) {
-  const char* op = "drift_force";
-  check_drift_points(op, gen, pos, neg, weight);
-  check_drift_statistics(op, gen, weight, distances, scale, temperatures);
+// Raw force of each temperature [T, B, N, S] and its sum of squares.
+std::tuple<Tensor, std::vector<double>> raw_forces(const Tensor& gen, const Tensor& pos,
+                                                   const optional<Tensor>& neg,
+                                                   const Tensor& weights, const Tensor& kept,
+                                                   double scale,
+                                                   at::ArrayRef<double> temperatures) {
   const int64_t count = static_cast<int64_t>(temperatures.size());
-  const Tensor weights = weight.contiguous(), kept = distances.contiguous();
   const Tensor force =
-      empty_large({count, gen.size(0), gen.size(1), gen.size(2)}, weight.options());
+      empty_large({count, gen.size(0), gen.size(1), gen.size(2)}, weights.options());
   std::vector<double> squares(count, 0.0);
   dispatch_floating(gen.scalar_type(), [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using acc_t = accumulate_t<scalar_t>;
     DriftForces<scalar_t> call{{drift_points<scalar_t>(gen, pos, neg, weights)}};
     BlockMemory owned;
-    owned.fill(call, weight.options(), kept.numel() == 0, true);
+    owned.fill(call, weights.options(), kept.numel() == 0, true);
     call.kept = kept.numel() > 0 ? kept.const_data_ptr<acc_t>() : nullptr;
-    call.scale = static_cast<acc_t>(scale.item<double>());
+    call.scale = static_cast<acc_t>(scale);
     const std::vector<acc_t> values(temperatures.begin(), temperatures.end());
     call.temperatures = values.data();
     call.temperature_count = count;
     call.chunks = std::min(call.blocks(), kColumnChunks);
 
-    const Tensor row_half = at::empty({call.batch, count, call.generated}, weight.options());
+    const Tensor row_half = at::cpu::empty({call.batch, count, call.generated}, weights.options());
     const std::vector<int64_t> columns = {call.batch, call.chunks, count,
                                           row_length<acc_t>(call.points)};
-    const Tensor column_min = at::empty(columns, weight.options());
-    const Tensor column_sum = at::empty(columns, weight.options());
+    const Tensor column_min = at::cpu::empty(columns, weights.options());
+    const Tensor column_sum = at::cpu::empty(columns, weights.options());
     call.row_half = row_half.mutable_data_ptr<acc_t>();
     call.column_min = column_min.mutable_data_ptr<acc_t>();
     call.column_sum = column_sum.mutable_data_ptr<acc_t>();
@@ -200,7 +208,93 @@ std::tuple<Tensor, Tensor> drift_force(const Tensor& gen, const Tensor& pos,
     });
     for (size_t i = 0; i < partial.size(); ++i) squares[i % count] += partial[i];
   });
+  return {force, squares};
+}
+
+std::tuple<Tensor, Tensor> drift_force(const Tensor& gen, const Tensor& pos,
+                                       const optional<Tensor>& neg, const Tensor& weight,
+                                       const Tensor& distances, const Tensor& scale,
+                                       at::ArrayRef<double> temperatures) {
+  check_drift_points("drift_force", gen, pos, neg, weight);
+  check_drift_statistics("drift_force", gen, weight, distances, scale, temperatures);
+  const auto [force, squares] =
+      raw_forces(gen, pos, neg, weight.contiguous(), distances.contiguous(), scale.item<double>(),
+                 temperatures);
   return {force, at::tensor(squares, at::kDouble).to(weight.scalar_type())};
+}
+
+// The sum of the temperatures' forces times their factors, and the sum of its squares per problem.
+template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
+std::tuple<Tensor, std::vector<double>> sum_forces(const Tensor& gen, const Tensor& forces,
+                                                   const std::vector<acc_t>& factors) {
+  const Tensor sum = empty_large(gen.sizes(), forces.options());
+  DriftSum<acc_t> call{.batch = gen.size(0),
+                       .size = gen.size(1) * gen.size(2),
+                       .temperature_count = static_cast<int64_t>(factors.size()),
+                       .forces = forces.const_data_ptr<acc_t>(),
+                       .factors = factors.data(),
+                       .sum = sum.mutable_data_ptr<acc_t>(),
+                       .squares = nullptr};
+  std::vector<double> partial(call.batch * call.pieces()), squares(call.batch, 0.0);
+  call.squares = partial.data();
+  dispatch_isa([&](auto isa) {
+    using Kernel = DriftForceKernel<decltype(isa)::value, scalar_t>;
+    parallel_for(static_cast<int64_t>(partial.size()),
+                 [&](int64_t task, int64_t) { Kernel::sum(call, task); });
+  });
+  for (size_t i = 0; i < partial.size(); ++i) squares[i / call.pieces()] += partial[i];
+  return {sum, squares};
+}
+
+template <typename acc_t, typename Value>
+Tensor tensor_of(at::IntArrayRef sizes, const at::TensorOptions& options, const Value& value) {
+  Tensor result = at::cpu::empty(sizes, options);
+  acc_t* data = result.mutable_data_ptr<acc_t>();
+  for (int64_t i = 0; i < result.numel(); ++i) data[i] = static_cast<acc_t>(value(i));
+  return result;
+}
+
+// The whole field of one process: a small call costs what its calls into PyTorch cost.
+std::tuple<Tensor, Tensor, Tensor, Tensor> drift_field(const Tensor& gen, const Tensor& pos,
+                                                       const optional<Tensor>& neg,
+                                                       const optional<Tensor>& weight, bool keep,
+                                                       at::ArrayRef<double> temperatures) {
+  const char* op = "drift_field";
+  if (weight) {
+    check_drift_points(op, gen, pos, neg, *weight);
+  } else {
+    check_drift_points(op, gen, pos, neg);
+  }
+  check_temperatures(op, temperatures);
+  const int64_t batch = gen.size(0), points = drift_point_count(gen, pos, neg);
+  const auto options = gen.options().dtype(accumulation_type(gen.scalar_type()));
+  return dispatch_floating(gen.scalar_type(), [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    using acc_t = accumulate_t<scalar_t>;
+    const auto one = [](int64_t) { return 1; };
+    const Tensor weights =
+        weight ? weight->contiguous() : tensor_of<acc_t>({batch, points}, options, one);
+    const auto [distances, total] = weighted_distances(gen, pos, neg, weights, keep);
+    const acc_t* values = weights.const_data_ptr<acc_t>();
+    const auto weight_sum =
+        static_cast<acc_t>(std::accumulate(values, values + weights.numel(), 0.0));
+    const acc_t scale =
+        static_cast<acc_t>(total) / std::max(weight_sum, std::numeric_limits<acc_t>::min());
+    const auto [raw, squares] =
+        raw_forces(gen, pos, neg, weights, distances, static_cast<double>(scale), temperatures);
+    std::vector<acc_t> norms, factors;
+    for (const double square : squares) {
+      norms.push_back(static_cast<acc_t>(square) / static_cast<acc_t>(gen.numel()));
+      factors.push_back(1 / std::sqrt(std::max(norms.back(), acc_t(kMinMeanSquare))));
+    }
+    const auto [force, force_squares] = sum_forces<scalar_t>(gen, raw, factors);
+    const double size = static_cast<double>(gen.size(1) * gen.size(2));
+    return std::tuple<Tensor, Tensor, Tensor, Tensor>{
+        force, tensor_of<acc_t>({}, options, [&](int64_t) { return scale; }),
+        tensor_of<acc_t>({static_cast<int64_t>(norms.size())}, options,
+                         [&](int64_t t) { return norms[t]; }),
+        tensor_of<acc_t>({batch}, options, [&](int64_t b) { return force_squares[b] / size; })};
+  });
 }
 
 // A batch of problems with what their forces need besides the points.
@@ -226,7 +320,8 @@ std::tuple<Tensor, Tensor> drift_squares(const Tensor& gen, const Tensor& pos,
   check_drift_points("drift_squares", gen, pos, neg, weight);
   check_drift_statistics("drift_squares", gen, weight, distances, scale, temperatures);
   const Tensor weights = weight.contiguous(), kept = distances.contiguous();
-  const Tensor balances = at::empty(balance_shape(gen, weight, temperatures), weight.options());
+  const Tensor balances =
+      at::cpu::empty(balance_shape(gen, weight, temperatures), weight.options());
   std::vector<double> partial(gen.size(0) * temperatures.size()), squares(temperatures.size(), 0.0);
   dispatch_floating(gen.scalar_type(), [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
@@ -279,6 +374,7 @@ Tensor drift_loss_gradient(const Tensor& force, const Tensor& factor, at::Scalar
 }  // namespace
 
 TORCH_LIBRARY_IMPL(driftar, CPU, library) {
+  library.impl("drift_field", &drift_field);
   library.impl("drift_distances", &drift_distances);
   library.impl("drift_force", &drift_force);
   library.impl("drift_squares", &drift_squares);

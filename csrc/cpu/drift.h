@@ -59,6 +59,9 @@ constexpr int64_t row_length(int64_t points) {
 constexpr int64_t kBlockElements = 1 << 19;
 constexpr int64_t kBlockRows = 64;
 
+// Elements of the sum of the temperatures that a task forms, in the first-level cache.
+constexpr int64_t kSumPiece = 1 << 12;
+
 // A multiple of 8, which divides every panel width.
 inline int64_t block_height(int64_t points) {
   const int64_t height = kBlockElements / std::max<int64_t>(points, 1);
@@ -92,6 +95,18 @@ struct DriftForces : DriftBlocks<scalar_t> {
   acc_t* column_sum = nullptr;  // [B, chunks, T, M padded]
   acc_t* force = nullptr;       // [T, B, N, S]
   double* squares = nullptr;    // [B, blocks, T]
+};
+
+// The sum over the temperatures of their forces [T, B, size], size = N S.
+template <typename acc_t>
+struct DriftSum {
+  int64_t batch, size, temperature_count;
+  const acc_t* forces;   // [T, B, size]
+  const acc_t* factors;  // [T]
+  acc_t* sum;            // [B, size]
+  double* squares;       // [B, pieces]
+
+  int64_t pieces() const { return (size + kSumPiece - 1) / kSumPiece; }
 };
 
 // Two blocks of N x M values and three rows.
@@ -131,6 +146,9 @@ struct DriftForceKernel {
 
   // task = (sample, block): forces of all temperatures and their squares.
   static void force(const DriftForces<scalar_t>& call, int64_t task, acc_t* memory);
+
+  // task = (sample, piece): a piece of the sum, and its squares.
+  static void sum(const DriftSum<acc_t>& call, int64_t task);
 };
 
 // Many small problems: one task is one problem, and all of it stays in a core's cache.

@@ -131,6 +131,25 @@ void DriftForceKernel<isa, scalar_t>::force(const DriftForces<scalar_t>& call, i
   }
 }
 
+template <Isa isa, typename scalar_t>
+void DriftForceKernel<isa, scalar_t>::sum(const DriftSum<acc_t>& call, int64_t task) {
+  const int64_t b = task / call.pieces(), first = task % call.pieces() * kSumPiece;
+  const int64_t count = std::min(kSumPiece, call.size - first);
+  acc_t* sum = call.sum + b * call.size + first;
+  std::fill_n(sum, count, acc_t(0));
+  for (int64_t t = 0; t < call.temperature_count; ++t) {
+    const acc_t* force = call.forces + (t * call.batch + b) * call.size + first;
+    const acc_t factor = call.factors[t];
+    for (int64_t i = 0; i < count; ++i) sum[i] += factor * force[i];
+  }
+  double squares = 0;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t i = 0; i < count; ++i) {
+    squares += static_cast<double>(sum[i]) * static_cast<double>(sum[i]);
+  }
+  call.squares[task] = squares;
+}
+
 template struct DriftForceKernel<Isa::DRIFTAR_ISA, float>;
 template struct DriftForceKernel<Isa::DRIFTAR_ISA, double>;
 template struct DriftForceKernel<Isa::DRIFTAR_ISA, c10::BFloat16>;

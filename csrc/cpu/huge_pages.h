@@ -3,7 +3,7 @@
 // Large results in huge pages: a fresh tensor is faulted in page by page while it is written, and
 // fewer pages mean fewer faults. Nothing else changes.
 
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -14,7 +14,7 @@
 namespace driftar::cpu {
 
 inline at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  at::Tensor result = at::empty(sizes, options);
+  at::Tensor result = at::cpu::empty(sizes, options);
 #if defined(__linux__)
   constexpr uintptr_t kHugePage = 1 << 21;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(result.data_ptr());

@@ -6,6 +6,7 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -25,67 +26,85 @@ using Verdict = std::tuple<Tensor, Tensor, Tensor>;
 constexpr int64_t kTaskElements = 1 << 15;  // compared
 constexpr int64_t kTaskNodes = 1 << 13;     // walked
 constexpr int64_t kTaskBytes = 1 << 18;     // moved
+// Elements whose comparison takes as long as a step of the walk.
+constexpr int64_t kNodeElements = kTaskElements / kTaskNodes;
 
 // How many items of `size` make up a task of `total`.
 int64_t items_per_task(int64_t total, int64_t size) {
   return std::max<int64_t>(total / std::max<int64_t>(size, 1), 1);
 }
 
-// accept bool [B, N], contiguous
-Verdict walk(const char* op, const Tensor& parents, const Tensor& accept, int64_t max_depth) {
-  const int64_t batch = accept.size(0), nodes = accept.size(1);
-  check_tree(op, parents, accept, max_depth);
+// Allocates the verdict on model [B, N, ...] and calls run(call) with what is left of it to fill
+// in: it returns whether every path fits max_depth.
+template <typename Run>
+Verdict make_verdict(const char* op, const Tensor& parents, const Tensor& model, int64_t max_depth,
+                     Run&& run) {
+  check_tree(op, parents, model, max_depth);
+  const int64_t batch = model.size(0), nodes = model.size(1);
   const Tensor values = checked_parents(op, parents);
-  const auto index = parents.options().dtype(at::kLong);
-  const Tensor length = at::empty({batch}, index), node = at::empty({batch}, index);
-  const Tensor path = at::empty({batch, max_depth}, index);
-  const WalkCall call{nodes,
-                      max_depth,
-                      values.const_data_ptr<int64_t>(),
-                      values.size(0) == 1 ? 0 : 1,
-                      length.mutable_data_ptr<int64_t>(),
-                      path.mutable_data_ptr<int64_t>(),
-                      node.mutable_data_ptr<int64_t>()};
-  const bool* accepted = accept.const_data_ptr<bool>();
-  std::atomic<bool> fits{true};
-  dispatch_isa([&](auto isa) {
-    using Kernel = TreeKernel<decltype(isa)::value>;
-    for_each_piece(batch, items_per_task(kTaskNodes, nodes), [&](int64_t begin, int64_t end) {
-      std::vector<int64_t> level(nodes);
-      for (int64_t b = begin; b < end; ++b) {
-        if (!Kernel::walk(call, accepted, b, level.data())) fits = false;
-      }
-    });
-  });
+  const auto index = values.options();
+  const Tensor length = at::cpu::empty({batch}, index), node = at::cpu::empty({batch}, index);
+  const Tensor path = at::cpu::empty({batch, max_depth}, index);
+  const bool fits = run(WalkCall{.nodes = nodes,
+                                 .max_depth = max_depth,
+                                 .parents = values.const_data_ptr<int64_t>(),
+                                 .parents_batch = values.size(0) == 1 ? 0 : 1,
+                                 .accept = nullptr,
+                                 .length = length.mutable_data_ptr<int64_t>(),
+                                 .path = path.mutable_data_ptr<int64_t>(),
+                                 .node = node.mutable_data_ptr<int64_t>()});
   TORCH_CHECK_VALUE(fits, op, ": max_depth must be at least the depth of the tree, got ",
                     max_depth);
   return {length, path, node};
 }
 
+// Calls walk(b, level) for every sample, `size` of which make up a task; whether all returned true.
+template <typename Walk>
+bool walk_samples(int64_t batch, int64_t nodes, int64_t size, const Walk& walk) {
+  std::atomic<bool> fits{true};
+  for_each_piece(batch, size, [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> level(nodes);
+    for (int64_t b = begin; b < end; ++b) {
+      if (!walk(b, level.data())) fits = false;
+    }
+  });
+  return fits;
+}
+
 Verdict walk_tree(const Tensor& parents, const Tensor& accept, int64_t max_depth) {
-  check_accept("walk_tree", accept);
-  return walk("walk_tree", parents, accept.contiguous(), max_depth);
+  check_accept("walk_tree", accept, parents);
+  const Tensor accepted = accept.contiguous();
+  const int64_t batch = accept.size(0), nodes = accept.size(1);
+  return make_verdict("walk_tree", parents, accept, max_depth, [&](WalkCall call) {
+    call.accept = accepted.const_data_ptr<bool>();
+    return dispatch_isa([&](auto isa) {
+      using Kernel = TreeKernel<decltype(isa)::value>;
+      return walk_samples(batch, nodes, items_per_task(kTaskNodes, nodes),
+                          [&](int64_t b, int64_t* level) { return Kernel::walk(call, b, level); });
+    });
+  });
 }
 
 Verdict verify_tree(const Tensor& parents, const Tensor& draft, const Tensor& target,
                     double tolerance, int64_t max_depth) {
-  check_drafts("verify_tree", draft, target);
+  const char* op = "verify_tree";
+  check_drafts(op, draft, target, parents);
   const Tensor drafts = draft.contiguous(), targets = target.contiguous();
-  const Tensor accept = at::empty({draft.size(0), draft.size(1)}, draft.options().dtype(at::kBool));
-  bool* accepted = accept.mutable_data_ptr<bool>();
-  dispatch_floating(draft.scalar_type(), [&](auto tag) {
-    using scalar_t = typename decltype(tag)::type;
-    const VerifyCall<scalar_t> call{draft.size(2), static_cast<accumulate_t<scalar_t>>(tolerance),
-                                    drafts.const_data_ptr<scalar_t>(),
-                                    targets.const_data_ptr<scalar_t>()};
-    dispatch_isa([&](auto isa) {
-      using Kernel = TreeKernel<decltype(isa)::value>;
-      for_each_piece(
-          accept.numel(), items_per_task(kTaskElements, call.width),
-          [&](int64_t begin, int64_t end) { Kernel::agree(call, begin, end, accepted); });
+  const int64_t batch = draft.size(0), nodes = draft.size(1), width = draft.size(2);
+  return make_verdict(op, parents, draft, max_depth, [&](const WalkCall& walk) {
+    return dispatch_floating(draft.scalar_type(), [&](auto tag) {
+      using scalar_t = typename decltype(tag)::type;
+      const VerifyCall<scalar_t> call{walk, width, static_cast<accumulate_t<scalar_t>>(tolerance),
+                                      drafts.const_data_ptr<scalar_t>(),
+                                      targets.const_data_ptr<scalar_t>()};
+      return dispatch_isa([&](auto isa) {
+        using Kernel = TreeKernel<decltype(isa)::value>;
+        return walk_samples(
+            batch, nodes, items_per_task(kTaskElements, nodes * (width + kNodeElements)),
+            [&](int64_t b, int64_t* level) { return Kernel::verify(call, b, level); });
+      });
     });
   });
-  return walk("verify_tree", parents, accept, max_depth);
 }
 
 std::tuple<Tensor, Tensor> verify_chain(const Tensor& draft, const Tensor& draft_mean,

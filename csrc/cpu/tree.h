@@ -14,6 +14,7 @@ struct WalkCall {
   int64_t nodes, max_depth;
   const int64_t* parents;  // [B | 1, N], each -1 or an earlier node
   int64_t parents_batch;   // 0 when one tree serves the batch
+  const bool* accept;      // [B, N]; not read by verify
   int64_t* length;         // [B]
   int64_t* path;           // [B, max_depth]
   int64_t* node;           // [B]
@@ -21,6 +22,7 @@ struct WalkCall {
 
 template <typename scalar_t>
 struct VerifyCall {
+  WalkCall walk;
   int64_t width;
   accumulate_t<scalar_t> tolerance;
   const scalar_t *draft, *target;  // [B, N, D], contiguous
@@ -51,13 +53,13 @@ constexpr int64_t kMaxProposals = int64_t{1} << 20;
 
 template <Isa isa>
 struct TreeKernel {
-  // Sample b; accept bool [B, N], level [N] is scratch. Returns false when a surviving path is
-  // longer than max_depth.
-  static bool walk(const WalkCall& call, const bool* accept, int64_t b, int64_t* level);
+  // Sample b; level [N] is scratch. Returns false when a surviving path is longer than max_depth.
+  static bool walk(const WalkCall& call, int64_t b, int64_t* level);
 
-  // accept[node] = ||draft - target|| <= tolerance for the nodes [begin, end) of [B * N]
+  // The same, where a node is accepted if ||draft - target|| <= tolerance. Most nodes of a tree die
+  // with an ancestor, and are not looked at.
   template <typename scalar_t>
-  static void agree(const VerifyCall<scalar_t>& call, int64_t begin, int64_t end, bool* accept);
+  static bool verify(const VerifyCall<scalar_t>& call, int64_t b, int64_t* level);
 
   // Sample b.
   template <typename scalar_t>

@@ -101,18 +101,16 @@ void sample_residual(const Gaussian<scalar_t>& p, const Gaussian<scalar_t>& q, i
   }
 }
 
-}  // namespace
-
-template <Isa isa>
-bool TreeKernel<isa>::walk(const WalkCall& call, const bool* accept, int64_t b, int64_t* level) {
+// accepts(node) says whether a node whose ancestors live is accepted.
+template <typename Accepts>
+bool walk_sample(const WalkCall& call, int64_t b, int64_t* level, const Accepts& accepts) {
   const int64_t* parents = call.parents + b * call.parents_batch * call.nodes;
-  const bool* accepted = accept + b * call.nodes;
   // Levels count from 1 for a root; 0 marks a dead node.
   int64_t best = -1, length = 0;
   for (int64_t node = 0; node < call.nodes; ++node) {
-    const int64_t parent = parents[node];
-    const bool lives = accepted[node] && (parent < 0 || level[parent] > 0);
-    level[node] = !lives ? 0 : parent < 0 ? 1 : level[parent] + 1;
+    const int64_t parent = parents[node], above = parent < 0 ? 0 : level[parent];
+    const bool lives = (parent < 0 || above > 0) && accepts(node);
+    level[node] = lives ? above + 1 : 0;
     if (level[node] > length) {
       length = level[node];
       best = node;
@@ -127,22 +125,48 @@ bool TreeKernel<isa>::walk(const WalkCall& call, const bool* accept, int64_t b, 
   return true;
 }
 
+// ||a - b||^2; the squares of fp32 differences are exact in it.
+template <typename scalar_t>
+double squared_distance(const scalar_t* a, const scalar_t* b, int64_t count) {
+  using acc_t = accumulate_t<scalar_t>;
+  // Independent sums, since each addition waits for the one before.
+  constexpr int64_t lanes = 32;
+  double sums[lanes] = {};
+  int64_t d = 0;
+  for (; d + lanes <= count; d += lanes) {
+#pragma omp simd
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const acc_t difference = static_cast<acc_t>(a[d + lane]) - static_cast<acc_t>(b[d + lane]);
+      sums[lane] += static_cast<double>(difference) * static_cast<double>(difference);
+    }
+  }
+  double sum = 0;
+  for (const double part : sums) sum += part;
+  for (; d < count; ++d) {
+    const acc_t difference = static_cast<acc_t>(a[d]) - static_cast<acc_t>(b[d]);
+    sum += static_cast<double>(difference) * static_cast<double>(difference);
+  }
+  return sum;
+}
+
+}  // namespace
+
+template <Isa isa>
+bool TreeKernel<isa>::walk(const WalkCall& call, int64_t b, int64_t* level) {
+  const bool* accept = call.accept + b * call.nodes;
+  return walk_sample(call, b, level, [&](int64_t node) { return accept[node]; });
+}
+
 template <Isa isa>
 template <typename scalar_t>
-void TreeKernel<isa>::agree(const VerifyCall<scalar_t>& call, int64_t begin, int64_t end,
-                            bool* accept) {
-  using acc_t = accumulate_t<scalar_t>;
-  for (int64_t node = begin; node < end; ++node) {
-    const scalar_t* draft = call.draft + node * call.width;
-    const scalar_t* target = call.target + node * call.width;
-    double sum = 0;  // squares of fp32 differences are exact in it
-#pragma omp simd reduction(+ : sum)
-    for (int64_t d = 0; d < call.width; ++d) {
-      const acc_t difference = static_cast<acc_t>(draft[d]) - static_cast<acc_t>(target[d]);
-      sum += static_cast<double>(difference) * static_cast<double>(difference);
-    }
-    accept[node] = static_cast<acc_t>(std::sqrt(sum)) <= call.tolerance;  // false for NaN
-  }
+bool TreeKernel<isa>::verify(const VerifyCall<scalar_t>& call, int64_t b, int64_t* level) {
+  const int64_t first = b * call.walk.nodes;
+  return walk_sample(call.walk, b, level, [&](int64_t node) {
+    const int64_t at = (first + node) * call.width;
+    const double squared = squared_distance(call.draft + at, call.target + at, call.width);
+    // false for NaN
+    return static_cast<accumulate_t<scalar_t>>(std::sqrt(squared)) <= call.tolerance;
+  });
 }
 
 template <Isa isa>
@@ -205,10 +229,10 @@ void TreeKernel<isa>::commit(const CommitCall& call, int64_t begin, int64_t end)
 
 constexpr Isa kIsa = Isa::DRIFTAR_ISA;
 template struct TreeKernel<kIsa>;
-template void TreeKernel<kIsa>::agree(const VerifyCall<float>&, int64_t, int64_t, bool*);
-template void TreeKernel<kIsa>::agree(const VerifyCall<double>&, int64_t, int64_t, bool*);
-template void TreeKernel<kIsa>::agree(const VerifyCall<c10::BFloat16>&, int64_t, int64_t, bool*);
-template void TreeKernel<kIsa>::agree(const VerifyCall<c10::Half>&, int64_t, int64_t, bool*);
+template bool TreeKernel<kIsa>::verify(const VerifyCall<float>&, int64_t, int64_t*);
+template bool TreeKernel<kIsa>::verify(const VerifyCall<double>&, int64_t, int64_t*);
+template bool TreeKernel<kIsa>::verify(const VerifyCall<c10::BFloat16>&, int64_t, int64_t*);
+template bool TreeKernel<kIsa>::verify(const VerifyCall<c10::Half>&, int64_t, int64_t*);
 template void TreeKernel<kIsa>::verify_chain(const ChainCall<float>&, int64_t);
 template void TreeKernel<kIsa>::verify_chain(const ChainCall<double>&, int64_t);
 template void TreeKernel<kIsa>::verify_chain(const ChainCall<c10::BFloat16>&, int64_t);

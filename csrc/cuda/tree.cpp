@@ -38,7 +38,7 @@ VerdictTensors walk(const char* op, TreeCall& call, const Tensor& parents, const
 }
 
 VerdictTensors walk_tree(const Tensor& parents, const Tensor& accept, int64_t max_depth) {
-  check_accept("walk_tree", accept);
+  check_accept("walk_tree", accept, parents);
   const Tensor accepted = accept.contiguous();
   TreeCall call{};
   call.accept = accepted.const_data_ptr<bool>();
@@ -48,7 +48,7 @@ VerdictTensors walk_tree(const Tensor& parents, const Tensor& accept, int64_t ma
 VerdictTensors verify_tree(const Tensor& parents, const Tensor& draft, const Tensor& target,
                            double tolerance, int64_t max_depth) {
   const char* op = "verify_tree";
-  check_drafts(op, draft, target);
+  check_drafts(op, draft, target, parents);
   const Tensor drafts = draft.contiguous(), targets = target.contiguous();
   TreeCall call{};
   call.type = scalar_of(op, "draft", draft);

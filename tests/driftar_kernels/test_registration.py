@@ -100,6 +100,9 @@ def run_drift() -> None:
                 drift_field(gen, pos, neg)
     gen, pos, neg, _ = drift_inputs(dtype=torch.bfloat16)
     drift_field(gen, pos, neg)
+    # A group is served step by step.
+    with mock.patch.object(torch.distributed, "all_reduce"):
+        drift_field(gen, pos, neg, group=mock.sentinel.group)
 
 
 def run_prior() -> None:
@@ -201,9 +204,9 @@ def test_triton_twins_have_the_native_schema() -> None:
     names = registered()
     twins = {name for name in names if name.endswith("_triton")}
     if "cpu" in driftar_kernels.available_backends():
-        # The C++ kernels alone choose between two ways to the combined force.
+        # The C++ kernels alone choose between ways to the combined force.
         batch = {"drift_squares", "drift_combined_force"}
-        alone = batch | {"drift_loss_gradient", "verify_chain_reference"}
+        alone = batch | {"drift_field", "drift_loss_gradient", "verify_chain_reference"}
         assert {twin.removesuffix("_triton") for twin in twins} == names - twins - alone
     for twin in twins:
         native = getattr(operators, twin.removesuffix("_triton")).default._schema
