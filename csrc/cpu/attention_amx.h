@@ -19,7 +19,9 @@ struct AmxProducts {
   const QueryBlock<scalar_t>& block;
   const AttentionShape<scalar_t>& shape;
   int64_t key_block, width, value_width;
-  scalar_t *queries, *weights;  // [written rows, width], [strip_rows, key_block]
+  // [written rows, width] and [strip_rows, key_block]. Tiles take in rows behind those of the
+  // block, whatever they hold: nobody reads what they give.
+  scalar_t *queries, *weights;
   float* value_buffer;
   Tile tile{};
   TileOperand keys{}, values{};
@@ -40,7 +42,6 @@ struct AmxProducts {
       copy_rows(shape.query, block.b, block.head + h, block.row, block.rows, shape.width,
                 queries + h * block.rows * width);
     }
-    std::fill(queries + block.count() * width, queries + rows * width, scalar_t(0));
   }
 
   void load(const Tile& next, int64_t) {
@@ -52,10 +53,10 @@ struct AmxProducts {
     values = {panels.values + first * kPanelKeys * value_width,
               value_width / kTileColumns * kTileSize, kTileSize};
     const int64_t count = tiles(tile.columns, kPanelKeys);
-    // The rest of the last panel may hold keys that this block does not see.
-    const bool hides = is_partial(block, tile) || tile.columns % kPanelKeys != 0;
-    guarded = hides && !std::all_of(panels.finite + first, panels.finite + first + count,
-                                    [](uint8_t finite) { return finite != 0; });
+    // Keys behind the tile in its last panel are there for later blocks, so this one is partial.
+    guarded = is_partial(block, tile) &&
+              !std::all_of(panels.finite + first, panels.finite + first + count,
+                           [](uint8_t finite) { return finite != 0; });
     if (guarded) {
       copy_rows(shape.value, block.b, block.key_head(), tile.column, tile.columns,
                 shape.value_width, value_buffer);
@@ -84,7 +85,6 @@ struct AmxProducts {
                  Rows<float>{value_buffer, value_width}, guarded, out, out_stride);
       return;
     }
-    // Rows behind the strip's are multiplied as they are: nobody reads what they give.
     for (int64_t r = 0; r < strip.rows; ++r) {
       narrow(exponentials + r * key_block, strip.columns, weights + r * key_block);
     }

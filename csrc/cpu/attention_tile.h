@@ -49,7 +49,9 @@ Rows<acc_t> copy_rows(const Operand<const scalar_t>& x, int64_t b, int64_t h, in
   for (int64_t r = 0; r < count; ++r) {
     const scalar_t* row = source + r * x.row;
     acc_t* target = buffer + r * stride;
-    if (x.column == 1) {
+    if (std::is_same_v<scalar_t, acc_t> && x.column == 1) {
+      std::copy_n(row, width, target);  // GCC copies 16-bit types one by one
+    } else if (x.column == 1) {
       for (int64_t c = 0; c < width; ++c) target[c] = static_cast<acc_t>(row[c]);
     } else if (x.column == 0) {  // expanded, as the gradient of a sum is
       std::fill(target, target + width, static_cast<acc_t>(row[0]));
