@@ -55,14 +55,8 @@ def accumulate_queries(
     for start in range(first, last, OPTIONS.columns):
         column = start + tl.arange(0, OPTIONS.columns)
         there = column < sample.end
-        keys = load_block(
-            key, sample.index, key_head, column, there, OPTIONS.width, OPTIONS.block_width,
-            OPTIONS.chunk,
-        )  # fmt: skip
-        values = load_block(
-            value, sample.index, key_head, column, there, OPTIONS.value_width,
-            OPTIONS.block_value, OPTIONS.chunk,
-        )  # fmt: skip
+        keys = load_block(key, sample.index, key_head, column, there, False, OPTIONS)
+        values = load_block(value, sample.index, key_head, column, there, True, OPTIONS)
         scores = score_tile(
             queries, keys, rows, column, sample, hiding, units, CHECKED, False, OPTIONS
         )
@@ -122,14 +116,10 @@ def query_gradient_kernel(
     end = tl.max(row_bounds(rows, sample, OPTIONS), 0)
     full = tl.minimum(seen_by_all(first_row // OPTIONS.group, sample, OPTIONS), end)
     full = full // OPTIONS.columns * OPTIONS.columns
-    queries = load_block(
-        query, sample.index, rows.head, rows.position, rows.there, OPTIONS.width,
-        OPTIONS.block_width, OPTIONS.chunk,
-    )  # fmt: skip
+    queries = load_block(query, sample.index, rows.head, rows.position, rows.there, False, OPTIONS)
     gradients = load_block(
-        grad_out, sample.index, rows.head, rows.position, rows.there, OPTIONS.value_width,
-        OPTIONS.block_value, OPTIONS.chunk,
-    )  # fmt: skip
+        grad_out, sample.index, rows.head, rows.position, rows.there, True, OPTIONS
+    )
     delta = store_delta(gradients, out, grad_lse, rows, saved, OPTIONS)
     row_gradients = load_row_gradients(saved, delta, rows, sample, sizes, OPTIONS)
 
@@ -173,13 +163,11 @@ def accumulate_keys(
             OPTIONS.group, OPTIONS,
         )  # fmt: skip
         queries = load_block(
-            query, sample.index, rows.head, rows.position, rows.there, OPTIONS.width,
-            OPTIONS.block_width, OPTIONS.chunk,
-        )  # fmt: skip
+            query, sample.index, rows.head, rows.position, rows.there, False, OPTIONS
+        )
         gradients = load_block(
-            grad_out, sample.index, rows.head, rows.position, rows.there, OPTIONS.value_width,
-            OPTIONS.block_value, OPTIONS.chunk,
-        )  # fmt: skip
+            grad_out, sample.index, rows.head, rows.position, rows.there, True, OPTIONS
+        )
         scores = score_tile(
             queries, keys, rows, column, sample, hiding, units, CHECKED, True, OPTIONS
         )
@@ -234,14 +222,8 @@ def key_gradient_kernel(
     sample = structure("Sample")(index, *visible_keys(index, hiding, sizes, OPTIONS))
     column = start + tl.arange(0, OPTIONS.columns)
     there = column < sample.end
-    keys = load_block(
-        key, sample.index, key_head, column, there, OPTIONS.width, OPTIONS.block_width,
-        OPTIONS.chunk,
-    )  # fmt: skip
-    values = load_block(
-        value, sample.index, key_head, column, there, OPTIONS.value_width, OPTIONS.block_value,
-        OPTIONS.chunk,
-    )  # fmt: skip
+    keys = load_block(key, sample.index, key_head, column, there, False, OPTIONS)
+    values = load_block(value, sample.index, key_head, column, there, True, OPTIONS)
 
     begin, full, end = rows_that_see(start, sample, sizes, OPTIONS.group, OPTIONS)
     grad_keys = tl.zeros([OPTIONS.columns, OPTIONS.block_width], tl.float32)

@@ -81,10 +81,7 @@ def absorb_keys(
     for start in range(first, last, OPTIONS.columns):
         column = start + tl.arange(0, OPTIONS.columns)
         there = column < sample.end
-        keys = load_block(
-            key, sample.index, key_head, column, there, OPTIONS.width, OPTIONS.block_width,
-            OPTIONS.chunk,
-        )  # fmt: skip
+        keys = load_block(key, sample.index, key_head, column, there, False, OPTIONS)
         scores = score_tile(
             queries, keys, rows, column, sample, hiding, units, CHECKED, False, OPTIONS
         )
@@ -208,10 +205,7 @@ def forward_kernel(
         first_row + tl.arange(0, OPTIONS.rows), key_head * OPTIONS.group, index, sizes,
         OPTIONS.group, OPTIONS,
     )  # fmt: skip
-    queries = load_block(
-        query, index, rows.head, rows.position, rows.there, OPTIONS.width,
-        OPTIONS.block_width, OPTIONS.chunk,
-    )  # fmt: skip
+    queries = load_block(query, index, rows.head, rows.position, rows.there, False, OPTIONS)
     first = 0
     end = tl.max(row_bounds(rows, sample, OPTIONS), 0)
     if SPLIT:

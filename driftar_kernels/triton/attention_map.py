@@ -47,14 +47,10 @@ def head_scores(
     OPTIONS: tl.constexpr,
 ):
     """(queries, keys, scores) of one head's tile."""
-    queries = load_block(
-        query, sample.index, head, rows.position, rows.there, OPTIONS.width, OPTIONS.block_width,
-        OPTIONS.chunk,
-    )  # fmt: skip
+    queries = load_block(query, sample.index, head, rows.position, rows.there, False, OPTIONS)
     keys = load_block(
-        key, sample.index, head // OPTIONS.group, column, column < sample.end, OPTIONS.width,
-        OPTIONS.block_width, OPTIONS.chunk,
-    )  # fmt: skip
+        key, sample.index, head // OPTIONS.group, column, column < sample.end, False, OPTIONS
+    )
     scores = score_tile(
         queries, keys, rows, column, sample, hiding, units, True, TRANSPOSED, OPTIONS
     )
@@ -197,10 +193,7 @@ def map_query_gradient_kernel(
     position = tl.program_id(0) % blocks * OPTIONS.rows + tl.arange(0, OPTIONS.rows)
     for head in range(0, heads):
         rows = locate_rows(position, head, index, sizes, 1, OPTIONS)
-        gradients = load_block(
-            grad_out, sample.index, head, position, rows.there, OPTIONS.value_width,
-            OPTIONS.block_value, OPTIONS.chunk,
-        )  # fmt: skip
+        gradients = load_block(grad_out, sample.index, head, position, rows.there, True, OPTIONS)
         store_delta(gradients, out, grad_lse, rows, saved, OPTIONS)
     tl.debug_barrier()
     bound = row_bounds(locate_rows(position, 0, index, sizes, 1, OPTIONS), sample, OPTIONS)
@@ -216,13 +209,11 @@ def map_query_gradient_kernel(
                 head, rows, query, key, column, sample, hiding, units, False, OPTIONS
             )
             gradients = load_block(
-                grad_out, sample.index, head, position, rows.there, OPTIONS.value_width,
-                OPTIONS.block_value, OPTIONS.chunk,
-            )  # fmt: skip
+                grad_out, sample.index, head, position, rows.there, True, OPTIONS
+            )
             values = load_block(
-                value, sample.index, head // OPTIONS.group, column, keys.there,
-                OPTIONS.value_width, OPTIONS.block_value, OPTIONS.chunk,
-            )  # fmt: skip
+                value, sample.index, head // OPTIONS.group, column, keys.there, True, OPTIONS
+            )
             grad_probability = inner_products(
                 gradients, values, OPTIONS.value_width, OPTIONS.chunk, OPTIONS.precision
             )
@@ -280,14 +271,10 @@ def map_key_gradient_kernel(
                 head, rows, query, key, column, sample, hiding, units, True, OPTIONS
             )
             gradients = load_block(
-                grad_out, sample.index, head, position, rows.there, OPTIONS.value_width,
-                OPTIONS.block_value, OPTIONS.chunk,
-            )  # fmt: skip
+                grad_out, sample.index, head, position, rows.there, True, OPTIONS
+            )
             key_head = head // OPTIONS.group
-            values = load_block(
-                value, sample.index, key_head, column, keys.there, OPTIONS.value_width,
-                OPTIONS.block_value, OPTIONS.chunk,
-            )  # fmt: skip
+            values = load_block(value, sample.index, key_head, column, keys.there, True, OPTIONS)
             grad_probability = inner_products(
                 values, gradients, OPTIONS.value_width, OPTIONS.chunk, OPTIONS.precision
             )

@@ -106,14 +106,15 @@ def load_tile(at, there, stride, first, WIDTH: tl.constexpr, COUNT: tl.constexpr
 
 
 @triton.jit
-def load_block(
-    matrix, sample, head, row, there,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+def load_block(matrix, sample, head, row, there, OF_VALUES: tl.constexpr, OPTIONS: tl.constexpr):
+    """Vectors as wide as values, or as queries and keys."""
     at = row_pointers(matrix, sample, head, row)
     tile = there
-    if CHUNK == 0:
-        tile = load_tile(at, there, matrix.column, 0, WIDTH, PADDED)
+    if OPTIONS.chunk == 0:
+        if OF_VALUES:
+            tile = load_tile(at, there, matrix.column, 0, OPTIONS.value_width, OPTIONS.block_value)
+        else:
+            tile = load_tile(at, there, matrix.column, 0, OPTIONS.width, OPTIONS.block_width)
     return structure("Block")(at, there, matrix.column, tile)
 
 
