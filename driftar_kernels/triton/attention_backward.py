@@ -18,11 +18,13 @@ from .attention_gradient import (
     without_nan,
 )
 from .attention_tile import (
+    fp32_units,
     inner_products,
     load_block,
     locate_rows,
     row_bounds,
     rows_that_see,
+    run_time_sizes,
     score_tile,
     seen_by_all,
     visible_keys,
@@ -97,9 +99,9 @@ def query_gradient_kernel(
     grad_out = structure("Matrix")(grad_out, g_batch, g_head, g_row, g_column)
     mask = structure("Matrix")(mask, m_batch, m_head, m_row, m_column)
     hiding = structure("Hiding")(mask, query_offsets, key_lengths, ancestors, tree_stride, words)
-    units = structure("Units")(score_unit, natural_unit, exponent_unit)
+    units = fp32_units(score_unit, natural_unit, exponent_unit)
     saved = structure("Saved")(lse, entropy_lse, entropy_cross, entropy_weight, delta)
-    sizes = structure("Sizes")(key_heads, query_length, key_length, query_offset, entropy_from)
+    sizes = run_time_sizes(key_heads, query_length, key_length, query_offset, entropy_from)
     blocks = tl.cdiv(query_length * OPTIONS.group, OPTIONS.rows)
     task = tl.program_id(0)
     block = task % blocks
@@ -133,7 +135,14 @@ def query_gradient_kernel(
         hiding, sizes, units, True, OPTIONS,
     )  # fmt: skip
     # Products carry the sign of the scale.
-    store_tile(grad_query, rows.at, rows.there, acc * scale, OPTIONS.width, OPTIONS.block_width)
+    store_tile(
+        grad_query,
+        rows.at,
+        rows.there,
+        acc * tl.cast(scale, tl.float32),
+        OPTIONS.width,
+        OPTIONS.block_width,
+    )
 
 
 @triton.jit
@@ -211,9 +220,9 @@ def key_gradient_kernel(
     grad_out = structure("Matrix")(grad_out, g_batch, g_head, g_row, g_column)
     mask = structure("Matrix")(mask, m_batch, m_head, m_row, m_column)
     hiding = structure("Hiding")(mask, query_offsets, key_lengths, ancestors, tree_stride, words)
-    units = structure("Units")(score_unit, natural_unit, exponent_unit)
+    units = fp32_units(score_unit, natural_unit, exponent_unit)
     saved = structure("Saved")(lse, entropy_lse, entropy_cross, entropy_weight, delta)
-    sizes = structure("Sizes")(key_heads, query_length, key_length, query_offset, entropy_from)
+    sizes = run_time_sizes(key_heads, query_length, key_length, query_offset, entropy_from)
     blocks = tl.cdiv(key_length, OPTIONS.columns)
     task = tl.program_id(0)
     start = task % blocks * OPTIONS.columns
@@ -238,5 +247,12 @@ def key_gradient_kernel(
     )  # fmt: skip
     at = (index * key_heads + key_head) * key_length + column
     there = column < key_length
-    store_tile(grad_key, at, there, grad_keys * scale, OPTIONS.width, OPTIONS.block_width)
+    store_tile(
+        grad_key,
+        at,
+        there,
+        grad_keys * tl.cast(scale, tl.float32),
+        OPTIONS.width,
+        OPTIONS.block_width,
+    )
     store_tile(grad_value, at, there, grad_values, OPTIONS.value_width, OPTIONS.block_value)

@@ -18,6 +18,7 @@ from .attention_gradient import (
     without_nan,
 )
 from .attention_tile import (
+    fp32_units,
     inner_products,
     load_block,
     load_lse,
@@ -25,6 +26,7 @@ from .attention_tile import (
     of_rows,
     row_bounds,
     rows_that_see,
+    run_time_sizes,
     score_tile,
     visible_keys,
     whole,
@@ -110,8 +112,8 @@ def map_kernel(
     key = structure("Matrix")(key, k_batch, k_head, k_row, k_column)
     mask = structure("Matrix")(mask, m_batch, m_head, m_row, m_column)
     hiding = structure("Hiding")(mask, query_offsets, key_lengths, ancestors, tree_stride, words)
-    units = structure("Units")(score_unit, natural_unit, exponent_unit)
-    sizes = structure("Sizes")(key_heads, query_length, key_length, query_offset, entropy_from)
+    units = fp32_units(score_unit, natural_unit, exponent_unit)
+    sizes = run_time_sizes(key_heads, query_length, key_length, query_offset, entropy_from)
     heads = key_heads * OPTIONS.group
     blocks = tl.cdiv(query_length, OPTIONS.rows)
     index = (tl.program_id(0) // blocks).to(tl.int64)
@@ -183,9 +185,9 @@ def map_query_gradient_kernel(
     grad_out = structure("Matrix")(grad_out, g_batch, g_head, g_row, g_column)
     mask = structure("Matrix")(mask, m_batch, m_head, m_row, m_column)
     hiding = structure("Hiding")(mask, query_offsets, key_lengths, ancestors, tree_stride, words)
-    units = structure("Units")(score_unit, natural_unit, exponent_unit)
+    units = fp32_units(score_unit, natural_unit, exponent_unit)
     saved = structure("Saved")(lse, entropy_lse, entropy_cross, entropy_weight, delta)
-    sizes = structure("Sizes")(key_heads, query_length, key_length, query_offset, entropy_from)
+    sizes = run_time_sizes(key_heads, query_length, key_length, query_offset, entropy_from)
     heads = key_heads * OPTIONS.group
     blocks = tl.cdiv(query_length, OPTIONS.rows)
     index = (tl.program_id(0) // blocks).to(tl.int64)
@@ -250,9 +252,9 @@ def map_key_gradient_kernel(
     grad_out = structure("Matrix")(grad_out, g_batch, g_head, g_row, g_column)
     mask = structure("Matrix")(mask, m_batch, m_head, m_row, m_column)
     hiding = structure("Hiding")(mask, query_offsets, key_lengths, ancestors, tree_stride, words)
-    units = structure("Units")(score_unit, natural_unit, exponent_unit)
+    units = fp32_units(score_unit, natural_unit, exponent_unit)
     saved = structure("Saved")(lse, entropy_lse, entropy_cross, entropy_weight, delta)
-    sizes = structure("Sizes")(key_heads, query_length, key_length, query_offset, entropy_from)
+    sizes = run_time_sizes(key_heads, query_length, key_length, query_offset, entropy_from)
     blocks = tl.cdiv(key_length, OPTIONS.columns)
     start = tl.program_id(0) % blocks * OPTIONS.columns
     index = (tl.program_id(0) // blocks).to(tl.int64)

@@ -20,6 +20,26 @@ from .structures import structure
 
 
 @triton.jit
+def run_time_sizes(key_heads, queries, keys, offset, entropy_from):
+    """Sizes, as tensors also where a compiler takes a size of 1 for a constant."""
+    return structure("Sizes")(
+        tl.cast(key_heads, tl.int32),
+        tl.cast(queries, tl.int32),
+        tl.cast(keys, tl.int32),
+        tl.cast(offset, tl.int32),
+        tl.cast(entropy_from, tl.int32),
+    )
+
+
+@triton.jit
+def fp32_units(score, natural, exponent):
+    """Units; compilers pass fp64, to which a tile of fp32 would be promoted."""
+    return structure("Units")(
+        tl.cast(score, tl.float32), tl.cast(natural, tl.float32), tl.cast(exponent, tl.float32)
+    )
+
+
+@triton.jit
 def visible_keys(index, hiding, sizes, OPTIONS: tl.constexpr):
     """(length, end, offset) of a Sample, which the caller makes of them and the index: what comes
     out of a call that is given tensors must not reach the address of a store, or compilers take

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -312,3 +313,79 @@ def test_launches_enter_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPa
     with FakeTensorMode():
         module.launch(Kernel(), (1,), 3, torch.empty(2, device="cuda:1"))
     assert [str(device) for device in entered] == ["cuda:1", "meta", "cpu"]
+
+
+@pytest.fixture
+def machine_code(monkeypatch: pytest.MonkeyPatch, chosen: None) -> Iterator[list[str]]:
+    """Names of the kernels that Inductor compiles to machine code. Launches do nothing, and its own
+    C++ is not built."""
+    from torch._inductor import config
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codecache import PyCodeCache
+    from torch._inductor.runtime import triton_helpers
+    from torch._inductor.runtime.hints import DeviceProperties
+
+    gpu = DeviceProperties(
+        type="cuda",
+        index=0,
+        multi_processor_count=132,
+        cc=ARCHITECTURE,
+        major=ARCHITECTURE // 10,
+        regs_per_multiprocessor=1 << 16,
+        max_threads_per_multi_processor=2048,
+        max_threads_per_block=1024,
+        warp_size=32,
+    )
+    names: list[str] = []
+
+    def compiled(self: AsyncCompile, name: str, source: str, device_str: str = "cuda") -> Any:
+        kernel = getattr(PyCodeCache.load(source), name)
+        kernel.precompile(warm_cache_only=True)
+        (result,) = kernel.compile_results
+        assert result.kernel.asm["cubin"]
+        names.append(kernel.fn.__name__)
+        return SimpleNamespace(run=lambda *arguments, **keywords: None)
+
+    monkeypatch.setattr(triton_helpers, "set_driver_to_gpu", lambda: None)
+    monkeypatch.setattr(DeviceProperties, "create", lambda device: gpu)
+    monkeypatch.setattr(AsyncCompile, "triton", compiled)
+    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda *arguments: lambda *inputs: None)
+    with config.patch(force_disable_caches=True):
+        yield names
+
+
+def attend_once(**options: Any) -> Callable[..., Any]:
+    return lambda x: tuple(dk.attention(*3 * (x.reshape(1, 1, 1, -1),), **options))
+
+
+ONES: dict[str, tuple[Callable[..., Any], set[str]]] = {
+    "attention": (attend_once(is_causal=True), {"forward_kernel"}),
+    "map": (attend_once(entropy="map"), {"forward_kernel", "map_kernel"}),
+    "trees": (
+        lambda x: tuple(
+            dk.verify_tree(
+                dk.DraftTree([-1]), x.reshape(1, 1, -1), x.reshape(1, 1, -1), tolerance=1.0
+            )
+        ),
+        {"verify_kernel"},
+    ),
+    "drift": (
+        lambda x: tuple(dk.drift_field(x.reshape(1, 1, -1), x.reshape(1, 1, -1))),
+        set(CASES["drift"][1]),
+    ),
+    "prior": (
+        lambda x: dk.entropy_prior(x.reshape(1, -1), x[:1], x.reshape(1, -1)),
+        {"prior_kernel"},
+    ),
+}
+
+
+@compiles
+@pytest.mark.parametrize("name", ONES)
+@pytest.mark.parametrize("width", [1, 16])
+def test_inductor_compiles_the_launches(machine_code: list[str], name: str, width: int) -> None:
+    """As it copies them, and with its own idea of what is constant: every size that is 1."""
+    function, expected = ONES[name]
+    with torch.no_grad():
+        torch.compile(function, fullgraph=True)(torch.randn(width))
+    assert set(machine_code) == expected
