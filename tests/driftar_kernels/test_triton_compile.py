@@ -389,3 +389,12 @@ def test_inductor_compiles_the_launches(machine_code: list[str], name: str, widt
     with torch.no_grad():
         torch.compile(function, fullgraph=True)(torch.randn(width))
     assert set(machine_code) == expected
+
+
+@compiles
+@pytest.mark.parametrize(("name", "entropy"), [("attention", "head"), ("map", "map")])
+def test_inductor_compiles_the_gradients(machine_code: list[str], name: str, entropy: str) -> None:
+    x = torch.randn(16, requires_grad=True)
+    out, *_ = torch.compile(attend_once(entropy=entropy), fullgraph=True)(x)
+    out.sum().backward()
+    assert set(machine_code) == set(CASES[name][1])
