@@ -103,7 +103,7 @@ def _define_twin(op: str, fake: Callable[..., Any], mutates: tuple[str, ...]) ->
     launch.__signature__ = inspect.signature(fake, eval_str=True)  # type: ignore[attr-defined]
     name = f"{NAMESPACE}::{op}{TRITON_SUFFIX}"
     compiled = TRITON_INSTALLED and not TRITON_INTERPRETED
-    define = torch.library.triton_op if compiled else torch.library.custom_op
+    define: Any = torch.library.triton_op if compiled else torch.library.custom_op
     define(name, launch, mutates_args=mutates).register_fake(fake)
     triton_ops_to_kernels[name] = _TritonKernels()
 

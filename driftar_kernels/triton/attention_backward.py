@@ -18,11 +18,13 @@ from .attention_gradient import (
     without_nan,
 )
 from .attention_tile import (
+    fp32_units,
     inner_products,
     load_block,
     locate_rows,
     row_bounds,
     rows_that_see,
+    run_time_sizes,
     score_tile,
     seen_by_all,
     visible_keys,
@@ -55,14 +57,8 @@ def accumulate_queries(
     for start in range(first, last, OPTIONS.columns):
         column = start + tl.arange(0, OPTIONS.columns)
         there = column < sample.end
-        keys = load_block(
-            key, sample.index, key_head, column, there, OPTIONS.width, OPTIONS.block_width,
-            OPTIONS.chunk,
-        )  # fmt: skip
-        values = load_block(
-            value, sample.index, key_head, column, there, OPTIONS.value_width,
-            OPTIONS.block_value, OPTIONS.chunk,
-        )  # fmt: skip
+        keys = load_block(key, sample.index, key_head, column, there, False, OPTIONS)
+        values = load_block(value, sample.index, key_head, column, there, True, OPTIONS)
         scores = score_tile(
             queries, keys, rows, column, sample, hiding, units, CHECKED, False, OPTIONS
         )
@@ -103,9 +99,9 @@ def query_gradient_kernel(
     grad_out = structure("Matrix")(grad_out, g_batch, g_head, g_row, g_column)
     mask = structure("Matrix")(mask, m_batch, m_head, m_row, m_column)
     hiding = structure("Hiding")(mask, query_offsets, key_lengths, ancestors, tree_stride, words)
-    units = structure("Units")(score_unit, natural_unit, exponent_unit)
+    units = fp32_units(score_unit, natural_unit, exponent_unit)
     saved = structure("Saved")(lse, entropy_lse, entropy_cross, entropy_weight, delta)
-    sizes = structure("Sizes")(key_heads, query_length, key_length, query_offset, entropy_from)
+    sizes = run_time_sizes(key_heads, query_length, key_length, query_offset, entropy_from)
     blocks = tl.cdiv(query_length * OPTIONS.group, OPTIONS.rows)
     task = tl.program_id(0)
     block = task % blocks
@@ -122,14 +118,10 @@ def query_gradient_kernel(
     end = tl.max(row_bounds(rows, sample, OPTIONS), 0)
     full = tl.minimum(seen_by_all(first_row // OPTIONS.group, sample, OPTIONS), end)
     full = full // OPTIONS.columns * OPTIONS.columns
-    queries = load_block(
-        query, sample.index, rows.head, rows.position, rows.there, OPTIONS.width,
-        OPTIONS.block_width, OPTIONS.chunk,
-    )  # fmt: skip
+    queries = load_block(query, sample.index, rows.head, rows.position, rows.there, False, OPTIONS)
     gradients = load_block(
-        grad_out, sample.index, rows.head, rows.position, rows.there, OPTIONS.value_width,
-        OPTIONS.block_value, OPTIONS.chunk,
-    )  # fmt: skip
+        grad_out, sample.index, rows.head, rows.position, rows.there, True, OPTIONS
+    )
     delta = store_delta(gradients, out, grad_lse, rows, saved, OPTIONS)
     row_gradients = load_row_gradients(saved, delta, rows, sample, sizes, OPTIONS)
 
@@ -143,7 +135,14 @@ def query_gradient_kernel(
         hiding, sizes, units, True, OPTIONS,
     )  # fmt: skip
     # Products carry the sign of the scale.
-    store_tile(grad_query, rows.at, rows.there, acc * scale, OPTIONS.width, OPTIONS.block_width)
+    store_tile(
+        grad_query,
+        rows.at,
+        rows.there,
+        acc * tl.cast(scale, tl.float32),
+        OPTIONS.width,
+        OPTIONS.block_width,
+    )
 
 
 @triton.jit
@@ -173,13 +172,11 @@ def accumulate_keys(
             OPTIONS.group, OPTIONS,
         )  # fmt: skip
         queries = load_block(
-            query, sample.index, rows.head, rows.position, rows.there, OPTIONS.width,
-            OPTIONS.block_width, OPTIONS.chunk,
-        )  # fmt: skip
+            query, sample.index, rows.head, rows.position, rows.there, False, OPTIONS
+        )
         gradients = load_block(
-            grad_out, sample.index, rows.head, rows.position, rows.there, OPTIONS.value_width,
-            OPTIONS.block_value, OPTIONS.chunk,
-        )  # fmt: skip
+            grad_out, sample.index, rows.head, rows.position, rows.there, True, OPTIONS
+        )
         scores = score_tile(
             queries, keys, rows, column, sample, hiding, units, CHECKED, True, OPTIONS
         )
@@ -223,9 +220,9 @@ def key_gradient_kernel(
     grad_out = structure("Matrix")(grad_out, g_batch, g_head, g_row, g_column)
     mask = structure("Matrix")(mask, m_batch, m_head, m_row, m_column)
     hiding = structure("Hiding")(mask, query_offsets, key_lengths, ancestors, tree_stride, words)
-    units = structure("Units")(score_unit, natural_unit, exponent_unit)
+    units = fp32_units(score_unit, natural_unit, exponent_unit)
     saved = structure("Saved")(lse, entropy_lse, entropy_cross, entropy_weight, delta)
-    sizes = structure("Sizes")(key_heads, query_length, key_length, query_offset, entropy_from)
+    sizes = run_time_sizes(key_heads, query_length, key_length, query_offset, entropy_from)
     blocks = tl.cdiv(key_length, OPTIONS.columns)
     task = tl.program_id(0)
     start = task % blocks * OPTIONS.columns
@@ -234,14 +231,8 @@ def key_gradient_kernel(
     sample = structure("Sample")(index, *visible_keys(index, hiding, sizes, OPTIONS))
     column = start + tl.arange(0, OPTIONS.columns)
     there = column < sample.end
-    keys = load_block(
-        key, sample.index, key_head, column, there, OPTIONS.width, OPTIONS.block_width,
-        OPTIONS.chunk,
-    )  # fmt: skip
-    values = load_block(
-        value, sample.index, key_head, column, there, OPTIONS.value_width, OPTIONS.block_value,
-        OPTIONS.chunk,
-    )  # fmt: skip
+    keys = load_block(key, sample.index, key_head, column, there, False, OPTIONS)
+    values = load_block(value, sample.index, key_head, column, there, True, OPTIONS)
 
     begin, full, end = rows_that_see(start, sample, sizes, OPTIONS.group, OPTIONS)
     grad_keys = tl.zeros([OPTIONS.columns, OPTIONS.block_width], tl.float32)
@@ -256,5 +247,12 @@ def key_gradient_kernel(
     )  # fmt: skip
     at = (index * key_heads + key_head) * key_length + column
     there = column < key_length
-    store_tile(grad_key, at, there, grad_keys * scale, OPTIONS.width, OPTIONS.block_width)
+    store_tile(
+        grad_key,
+        at,
+        there,
+        grad_keys * tl.cast(scale, tl.float32),
+        OPTIONS.width,
+        OPTIONS.block_width,
+    )
     store_tile(grad_value, at, there, grad_values, OPTIONS.value_width, OPTIONS.block_value)

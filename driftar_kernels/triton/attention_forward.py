@@ -17,11 +17,13 @@ from .attention_arguments import (
     read_options,
 )
 from .attention_tile import (
+    fp32_units,
     load_block,
     load_tile,
     locate_rows,
     row_bounds,
     row_pointers,
+    run_time_sizes,
     score_tile,
     seen_by_all,
     visible_keys,
@@ -81,10 +83,7 @@ def absorb_keys(
     for start in range(first, last, OPTIONS.columns):
         column = start + tl.arange(0, OPTIONS.columns)
         there = column < sample.end
-        keys = load_block(
-            key, sample.index, key_head, column, there, OPTIONS.width, OPTIONS.block_width,
-            OPTIONS.chunk,
-        )  # fmt: skip
+        keys = load_block(key, sample.index, key_head, column, there, False, OPTIONS)
         scores = score_tile(
             queries, keys, rows, column, sample, hiding, units, CHECKED, False, OPTIONS
         )
@@ -190,8 +189,8 @@ def forward_kernel(
     value = structure("Matrix")(value, v_batch, v_head, v_row, v_column)
     mask = structure("Matrix")(mask, m_batch, m_head, m_row, m_column)
     hiding = structure("Hiding")(mask, query_offsets, key_lengths, ancestors, tree_stride, words)
-    units = structure("Units")(score_unit, natural_unit, exponent_unit)
-    sizes = structure("Sizes")(key_heads, query_length, key_length, query_offset, entropy_from)
+    units = fp32_units(score_unit, natural_unit, exponent_unit)
+    sizes = run_time_sizes(key_heads, query_length, key_length, query_offset, entropy_from)
     results = structure("Results")(
         out, entropy, lse, max_score, entropy_lse, entropy_cross, entropy_norm
     )
@@ -208,10 +207,7 @@ def forward_kernel(
         first_row + tl.arange(0, OPTIONS.rows), key_head * OPTIONS.group, index, sizes,
         OPTIONS.group, OPTIONS,
     )  # fmt: skip
-    queries = load_block(
-        query, index, rows.head, rows.position, rows.there, OPTIONS.width,
-        OPTIONS.block_width, OPTIONS.chunk,
-    )  # fmt: skip
+    queries = load_block(query, index, rows.head, rows.position, rows.there, False, OPTIONS)
     first = 0
     end = tl.max(row_bounds(rows, sample, OPTIONS), 0)
     if SPLIT:

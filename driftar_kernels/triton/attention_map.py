@@ -18,6 +18,7 @@ from .attention_gradient import (
     without_nan,
 )
 from .attention_tile import (
+    fp32_units,
     inner_products,
     load_block,
     load_lse,
@@ -25,6 +26,7 @@ from .attention_tile import (
     of_rows,
     row_bounds,
     rows_that_see,
+    run_time_sizes,
     score_tile,
     visible_keys,
     whole,
@@ -47,14 +49,10 @@ def head_scores(
     OPTIONS: tl.constexpr,
 ):
     """(queries, keys, scores) of one head's tile."""
-    queries = load_block(
-        query, sample.index, head, rows.position, rows.there, OPTIONS.width, OPTIONS.block_width,
-        OPTIONS.chunk,
-    )  # fmt: skip
+    queries = load_block(query, sample.index, head, rows.position, rows.there, False, OPTIONS)
     keys = load_block(
-        key, sample.index, head // OPTIONS.group, column, column < sample.end, OPTIONS.width,
-        OPTIONS.block_width, OPTIONS.chunk,
-    )  # fmt: skip
+        key, sample.index, head // OPTIONS.group, column, column < sample.end, False, OPTIONS
+    )
     scores = score_tile(
         queries, keys, rows, column, sample, hiding, units, True, TRANSPOSED, OPTIONS
     )
@@ -114,8 +112,8 @@ def map_kernel(
     key = structure("Matrix")(key, k_batch, k_head, k_row, k_column)
     mask = structure("Matrix")(mask, m_batch, m_head, m_row, m_column)
     hiding = structure("Hiding")(mask, query_offsets, key_lengths, ancestors, tree_stride, words)
-    units = structure("Units")(score_unit, natural_unit, exponent_unit)
-    sizes = structure("Sizes")(key_heads, query_length, key_length, query_offset, entropy_from)
+    units = fp32_units(score_unit, natural_unit, exponent_unit)
+    sizes = run_time_sizes(key_heads, query_length, key_length, query_offset, entropy_from)
     heads = key_heads * OPTIONS.group
     blocks = tl.cdiv(query_length, OPTIONS.rows)
     index = (tl.program_id(0) // blocks).to(tl.int64)
@@ -187,9 +185,9 @@ def map_query_gradient_kernel(
     grad_out = structure("Matrix")(grad_out, g_batch, g_head, g_row, g_column)
     mask = structure("Matrix")(mask, m_batch, m_head, m_row, m_column)
     hiding = structure("Hiding")(mask, query_offsets, key_lengths, ancestors, tree_stride, words)
-    units = structure("Units")(score_unit, natural_unit, exponent_unit)
+    units = fp32_units(score_unit, natural_unit, exponent_unit)
     saved = structure("Saved")(lse, entropy_lse, entropy_cross, entropy_weight, delta)
-    sizes = structure("Sizes")(key_heads, query_length, key_length, query_offset, entropy_from)
+    sizes = run_time_sizes(key_heads, query_length, key_length, query_offset, entropy_from)
     heads = key_heads * OPTIONS.group
     blocks = tl.cdiv(query_length, OPTIONS.rows)
     index = (tl.program_id(0) // blocks).to(tl.int64)
@@ -197,10 +195,7 @@ def map_query_gradient_kernel(
     position = tl.program_id(0) % blocks * OPTIONS.rows + tl.arange(0, OPTIONS.rows)
     for head in range(0, heads):
         rows = locate_rows(position, head, index, sizes, 1, OPTIONS)
-        gradients = load_block(
-            grad_out, sample.index, head, position, rows.there, OPTIONS.value_width,
-            OPTIONS.block_value, OPTIONS.chunk,
-        )  # fmt: skip
+        gradients = load_block(grad_out, sample.index, head, position, rows.there, True, OPTIONS)
         store_delta(gradients, out, grad_lse, rows, saved, OPTIONS)
     tl.debug_barrier()
     bound = row_bounds(locate_rows(position, 0, index, sizes, 1, OPTIONS), sample, OPTIONS)
@@ -216,13 +211,11 @@ def map_query_gradient_kernel(
                 head, rows, query, key, column, sample, hiding, units, False, OPTIONS
             )
             gradients = load_block(
-                grad_out, sample.index, head, position, rows.there, OPTIONS.value_width,
-                OPTIONS.block_value, OPTIONS.chunk,
-            )  # fmt: skip
+                grad_out, sample.index, head, position, rows.there, True, OPTIONS
+            )
             values = load_block(
-                value, sample.index, head // OPTIONS.group, column, keys.there,
-                OPTIONS.value_width, OPTIONS.block_value, OPTIONS.chunk,
-            )  # fmt: skip
+                value, sample.index, head // OPTIONS.group, column, keys.there, True, OPTIONS
+            )
             grad_probability = inner_products(
                 gradients, values, OPTIONS.value_width, OPTIONS.chunk, OPTIONS.precision
             )
@@ -259,9 +252,9 @@ def map_key_gradient_kernel(
     grad_out = structure("Matrix")(grad_out, g_batch, g_head, g_row, g_column)
     mask = structure("Matrix")(mask, m_batch, m_head, m_row, m_column)
     hiding = structure("Hiding")(mask, query_offsets, key_lengths, ancestors, tree_stride, words)
-    units = structure("Units")(score_unit, natural_unit, exponent_unit)
+    units = fp32_units(score_unit, natural_unit, exponent_unit)
     saved = structure("Saved")(lse, entropy_lse, entropy_cross, entropy_weight, delta)
-    sizes = structure("Sizes")(key_heads, query_length, key_length, query_offset, entropy_from)
+    sizes = run_time_sizes(key_heads, query_length, key_length, query_offset, entropy_from)
     blocks = tl.cdiv(key_length, OPTIONS.columns)
     start = tl.program_id(0) % blocks * OPTIONS.columns
     index = (tl.program_id(0) // blocks).to(tl.int64)
@@ -280,14 +273,10 @@ def map_key_gradient_kernel(
                 head, rows, query, key, column, sample, hiding, units, True, OPTIONS
             )
             gradients = load_block(
-                grad_out, sample.index, head, position, rows.there, OPTIONS.value_width,
-                OPTIONS.block_value, OPTIONS.chunk,
-            )  # fmt: skip
+                grad_out, sample.index, head, position, rows.there, True, OPTIONS
+            )
             key_head = head // OPTIONS.group
-            values = load_block(
-                value, sample.index, key_head, column, keys.there, OPTIONS.value_width,
-                OPTIONS.block_value, OPTIONS.chunk,
-            )  # fmt: skip
+            values = load_block(value, sample.index, key_head, column, keys.there, True, OPTIONS)
             grad_probability = inner_products(
                 values, gradients, OPTIONS.value_width, OPTIONS.chunk, OPTIONS.precision
             )

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .attention_arguments import FAR_BELOW, read_options
 from .attention_forward import STATISTICS, nothing_seen, store_rows
+from .attention_tile import fp32_units
 from .structures import structure
 
 
@@ -44,7 +45,7 @@ def merge_kernel(
     option_text: tl.constexpr,
 ):  # fmt: skip
     OPTIONS: tl.constexpr = read_options(option_text)
-    units = structure("Units")(score_unit, natural_unit, exponent_unit)
+    units = fp32_units(score_unit, natural_unit, exponent_unit)
     results = structure("Results")(
         out, entropy, lse, max_score, entropy_lse, entropy_cross, entropy_norm
     )

@@ -20,6 +20,26 @@ from .structures import structure
 
 
 @triton.jit
+def run_time_sizes(key_heads, queries, keys, offset, entropy_from):
+    """Sizes, as tensors also where a compiler takes a size of 1 for a constant."""
+    return structure("Sizes")(
+        tl.cast(key_heads, tl.int32),
+        tl.cast(queries, tl.int32),
+        tl.cast(keys, tl.int32),
+        tl.cast(offset, tl.int32),
+        tl.cast(entropy_from, tl.int32),
+    )
+
+
+@triton.jit
+def fp32_units(score, natural, exponent):
+    """Units; compilers pass fp64, to which a tile of fp32 would be promoted."""
+    return structure("Units")(
+        tl.cast(score, tl.float32), tl.cast(natural, tl.float32), tl.cast(exponent, tl.float32)
+    )
+
+
+@triton.jit
 def visible_keys(index, hiding, sizes, OPTIONS: tl.constexpr):
     """(length, end, offset) of a Sample, which the caller makes of them and the index: what comes
     out of a call that is given tensors must not reach the address of a store, or compilers take
@@ -106,14 +126,15 @@ def load_tile(at, there, stride, first, WIDTH: tl.constexpr, COUNT: tl.constexpr
 
 
 @triton.jit
-def load_block(
-    matrix, sample, head, row, there,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+def load_block(matrix, sample, head, row, there, OF_VALUES: tl.constexpr, OPTIONS: tl.constexpr):
+    """Vectors as wide as values, or as queries and keys."""
     at = row_pointers(matrix, sample, head, row)
     tile = there
-    if CHUNK == 0:
-        tile = load_tile(at, there, matrix.column, 0, WIDTH, PADDED)
+    if OPTIONS.chunk == 0:
+        if OF_VALUES:
+            tile = load_tile(at, there, matrix.column, 0, OPTIONS.value_width, OPTIONS.block_value)
+        else:
+            tile = load_tile(at, there, matrix.column, 0, OPTIONS.width, OPTIONS.block_width)
     return structure("Block")(at, there, matrix.column, tile)
 
 

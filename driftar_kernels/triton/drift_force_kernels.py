@@ -205,7 +205,7 @@ def force_kernel(
         points - positives, points, centred, weight, distances, column_lse, scale, half_row, rate,
         sample, local, row, rows, points, features, feature, ROWS, COLUMNS, FEATURES, PRECISION,
     )  # fmt: skip
-    unit = tl.load(scale) / root
+    unit = tl.load(scale) / tl.cast(root, tl.float32)
     unit = tl.where(unit < MIN_SCALE, MIN_SCALE, unit)
     raw = (repulsion[:, None] * attracting - attraction[:, None] * repelling) / unit
     inside = in_rows[:, None] & (feature < features)[None, :]

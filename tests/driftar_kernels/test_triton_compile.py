@@ -12,12 +12,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._higher_order_ops.triton_kernel_wrap import (
     kernel_side_table,
@@ -234,3 +237,164 @@ def test_every_kernel_is_recorded() -> None:
 
     names = {kernel.__name__ for kernel in triton.kernels()}
     assert names == {name for _, expected in CASES.values() for name in expected}
+
+
+@compiles
+@pytest.mark.usefixtures("chosen")
+def test_one_graph_for_all_lengths() -> None:
+    """Sizes stay symbols through the launchers, and options do not depend on them."""
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(
+        lambda *qkv: dk.attention(*qkv, is_causal=True).out,
+        fullgraph=True,
+        dynamic=True,
+        backend=aot_autograd(fw_compiler=counter),
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for queries, keys in ((70, 90), (71, 333), (640, 1000)):
+            qkv = AttentionCase(queries=queries, keys=keys).qkv()
+            out = compiled(*(mode.from_tensor(x) for x in qkv))
+            assert out.shape == (2, qkv[0].shape[1], queries, 8)
+    assert counter.frame_count == 1
+
+
+@compiles
+def test_no_kernel_is_compiled_per_length() -> None:
+    """Triton keeps a kernel by the types of its arguments, and by those values that it takes for
+    constants: none of them is a length."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from driftar_kernels.triton import attention, resources
+
+    backend = make_backend(GPUTarget("cuda", ARCHITECTURE, 32))
+    found = []
+    for queries, keys in ((97, 97), (100, 1000), (1024, 4096)):
+        query, key = (torch.empty(2, 4, length, 64, device="meta") for length in (queries, keys))
+        problem = (None, None, None, None, keys - queries, 0.125, True, "head")
+        with resources.recorded() as launches:
+            out, entropy, lse, _, *saved = attention.attention_forward(
+                query, key, key, *problem, True, 0
+            )
+            attention.attention_backward(
+                out, entropy, lse, query, key, key, *problem[:4], out, lse, *saved, *problem[4:], 0
+            )
+        kinds = []
+        for launch in launches:
+            bind = create_function_from_signature(
+                launch.kernel.signature, launch.kernel.params, backend
+            )
+            kinds.append(bind(*launch.arguments, **launch.keywords)[1])
+        assert len(kinds) == 3
+        found.append(kinds)
+    assert found[0] == found[1] == found[2]
+
+
+@compiles
+def test_launches_enter_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current stream of the current device."""
+    from driftar_kernels.triton import launch as module
+
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def enter(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+        entered.append(torch.device("cpu"))
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *arguments: entered.append(torch.device("meta"))
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    monkeypatch.setattr(module, "recording", lambda kernel: False)
+    with FakeTensorMode():
+        module.launch(Kernel(), (1,), 3, torch.empty(2, device="cuda:1"))
+    assert [str(device) for device in entered] == ["cuda:1", "meta", "cpu"]
+
+
+@pytest.fixture
+def machine_code(monkeypatch: pytest.MonkeyPatch, chosen: None) -> Iterator[list[str]]:
+    """Names of the kernels that Inductor compiles to machine code. Launches do nothing, and its own
+    C++ is not built."""
+    from torch._inductor import config
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codecache import PyCodeCache
+    from torch._inductor.runtime import triton_helpers
+    from torch._inductor.runtime.hints import DeviceProperties
+
+    gpu = DeviceProperties(
+        type="cuda",
+        index=0,
+        multi_processor_count=132,
+        cc=ARCHITECTURE,
+        major=ARCHITECTURE // 10,
+        regs_per_multiprocessor=1 << 16,
+        max_threads_per_multi_processor=2048,
+        max_threads_per_block=1024,
+        warp_size=32,
+    )
+    names: list[str] = []
+
+    def compiled(self: AsyncCompile, name: str, source: str, device_str: str = "cuda") -> Any:
+        kernel = getattr(PyCodeCache.load(source), name)
+        kernel.precompile(warm_cache_only=True)
+        (result,) = kernel.compile_results
+        assert result.kernel.asm["cubin"]
+        names.append(kernel.fn.__name__)
+        return SimpleNamespace(run=lambda *arguments, **keywords: None)
+
+    monkeypatch.setattr(triton_helpers, "set_driver_to_gpu", lambda: None)
+    monkeypatch.setattr(DeviceProperties, "create", lambda device: gpu)
+    monkeypatch.setattr(AsyncCompile, "triton", compiled)
+    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda *arguments: lambda *inputs: None)
+    with config.patch(force_disable_caches=True):
+        yield names
+
+
+def attend_once(**options: Any) -> Callable[..., Any]:
+    return lambda x: tuple(dk.attention(*3 * (x.reshape(1, 1, 1, -1),), **options))
+
+
+ONES: dict[str, tuple[Callable[..., Any], set[str]]] = {
+    "attention": (attend_once(is_causal=True), {"forward_kernel"}),
+    "map": (attend_once(entropy="map"), {"forward_kernel", "map_kernel"}),
+    "trees": (
+        lambda x: tuple(
+            dk.verify_tree(
+                dk.DraftTree([-1]), x.reshape(1, 1, -1), x.reshape(1, 1, -1), tolerance=1.0
+            )
+        ),
+        {"verify_kernel"},
+    ),
+    "drift": (
+        lambda x: tuple(dk.drift_field(x.reshape(1, 1, -1), x.reshape(1, 1, -1))),
+        set(CASES["drift"][1]),
+    ),
+    "prior": (
+        lambda x: dk.entropy_prior(x.reshape(1, -1), x[:1], x.reshape(1, -1)),
+        {"prior_kernel"},
+    ),
+}
+
+
+@compiles
+@pytest.mark.parametrize("name", ONES)
+@pytest.mark.parametrize("width", [1, 16])
+def test_inductor_compiles_the_launches(machine_code: list[str], name: str, width: int) -> None:
+    """As it copies them, and with its own idea of what is constant: every size that is 1."""
+    function, expected = ONES[name]
+    with torch.no_grad():
+        torch.compile(function, fullgraph=True)(torch.randn(width))
+    assert set(machine_code) == expected
+
+
+@compiles
+@pytest.mark.parametrize(("name", "entropy"), [("attention", "head"), ("map", "map")])
+def test_inductor_compiles_the_gradients(machine_code: list[str], name: str, entropy: str) -> None:
+    x = torch.randn(16, requires_grad=True)
+    out, *_ = torch.compile(attend_once(entropy=entropy), fullgraph=True)(x)
+    out.sum().backward()
+    assert set(machine_code) == set(CASES[name][1])

@@ -100,7 +100,11 @@ def test_another_process_finds_the_choice(
     def choose() -> Tile:
         return autotune.choose(CPU, ("a class",), tiles, lambda tile: None)
 
-    assert choose() == choose() == tiles[2]
+    def recorded() -> Tile:
+        return autotune.choose(CPU, ("a class",), tiles, None)
+
+    assert recorded() == tiles[0]  # nothing can be timed, nothing is kept
+    assert choose() == choose() == recorded() == tiles[2]
     assert len(tuned) == 3
     monkeypatch.setattr(autotune, "_chosen", {})  # as a new process starts
     assert choose() == tiles[2] and len(tuned) == 3
