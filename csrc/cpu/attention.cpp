@@ -6,7 +6,7 @@
 #include "parallel.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -172,12 +172,13 @@ ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Te
       context.entropy == EntropyKind::none ? std::vector<int64_t>{0} : rows;
   const std::vector<int64_t> per_entropy =
       context.entropy == EntropyKind::map ? std::vector<int64_t>{rows[0], rows[2]} : per_row;
-  const Tensor out = at::empty({rows[0], rows[1], rows[2], context.value_width}, query.options());
-  const Tensor lse = at::empty(rows, statistics), max_score = at::empty(rows, statistics);
-  const Tensor entropy_out = at::empty(per_entropy, statistics);
-  const Tensor entropy_norm = at::empty(per_entropy, statistics);
-  const Tensor entropy_lse = at::empty(per_row, statistics);
-  const Tensor entropy_cross = at::empty(per_row, statistics);
+  const Tensor out =
+      at::cpu::empty({rows[0], rows[1], rows[2], context.value_width}, query.options());
+  const Tensor lse = at::cpu::empty(rows, statistics), max_score = at::cpu::empty(rows, statistics);
+  const Tensor entropy_out = at::cpu::empty(per_entropy, statistics);
+  const Tensor entropy_norm = at::cpu::empty(per_entropy, statistics);
+  const Tensor entropy_lse = at::cpu::empty(per_row, statistics);
+  const Tensor entropy_cross = at::cpu::empty(per_row, statistics);
   const ForwardResult result{out,         entropy_out,   lse,         max_score,
                              entropy_lse, entropy_cross, entropy_norm};
   if (context.nothing_to_do()) {
@@ -214,7 +215,8 @@ ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Te
                                                   map ? map_entropy_scratch(call) : int64_t{0});
     // A small call does not pay for scratch of threads that have nothing to do.
     const int64_t most_tasks = std::max({tasks, map_tasks, panels.tasks});
-    const Tensor scratch = at::empty({std::min(thread_count(), most_tasks), slot_size}, statistics);
+    const Tensor scratch =
+        at::cpu::empty({std::min(thread_count(), most_tasks), slot_size}, statistics);
     acc_t* memory = scratch.mutable_data_ptr<acc_t>();
     dispatch_isa<kHasAmx<scalar_t>>([&](auto isa) {
       using Kernel = AttentionKernel<decltype(isa)::value, scalar_t>;
@@ -249,7 +251,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   check_attention_gradients(context.entropy, query, value, grad_out, grad_entropy, grad_lse, out,
                             lse, entropy_lse, entropy_cross, entropy_norm);
 
-  const Tensor grad_query = at::empty(query.sizes(), query.options());
+  const Tensor grad_query = at::cpu::empty(query.sizes(), query.options());
   if (context.nothing_to_do() || context.key_length == 0) {
     grad_query.zero_();
     return {grad_query, at::zeros(key.sizes(), key.options()),
@@ -262,9 +264,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   const Tensor saved_out = out.contiguous(), saved_lse = lse.contiguous(),
                saved_entropy_lse = entropy_lse.contiguous(),
                saved_cross = entropy_cross.contiguous(), lse_weight = grad_lse.contiguous();
-  const Tensor delta = at::empty(rows, statistics);
-  const Tensor grad_key = at::empty(key.sizes(), key.options());
-  const Tensor grad_value = at::empty(value.sizes(), value.options());
+  const Tensor delta = at::cpu::empty(rows, statistics);
+  const Tensor grad_key = at::cpu::empty(key.sizes(), key.options());
+  const Tensor grad_value = at::cpu::empty(value.sizes(), value.options());
 
   dispatch_floating(query.scalar_type(), [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
@@ -292,11 +294,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
     const int64_t tiles = blocks(context.key_length, BackwardBlocks(call).keys);
     call.splits = std::clamp<int64_t>(blocks(thread_count(), units), 1, tiles);
     const int64_t gathered = heads * context.query_length * padded<acc_t>(context.width);
-    const Tensor queries =
-        at::empty({call.splits > 1 ? call.splits * units : thread_count(), gathered}, statistics);
+    const Tensor queries = at::cpu::empty(
+        {call.splits > 1 ? call.splits * units : thread_count(), gathered}, statistics);
     acc_t* grad_queries = queries.mutable_data_ptr<acc_t>();
     const int64_t slot_size = backward_scratch(call);
-    const Tensor scratch = at::empty({thread_count(), slot_size}, statistics);
+    const Tensor scratch = at::cpu::empty({thread_count(), slot_size}, statistics);
     acc_t* memory = scratch.mutable_data_ptr<acc_t>();
     dispatch_isa([&](auto isa) {
       using Kernel = AttentionKernel<decltype(isa)::value, scalar_t>;

@@ -2,9 +2,10 @@
 
 #include "../common/dispatch.h"
 #include "../common/prior_arguments.h"
+#include "huge_pages.h"
 #include "parallel.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -22,8 +23,8 @@ constexpr int64_t kTaskElements = 1 << 15;
 Tensor entropy_to_sigma(const Tensor& entropy, double sigma_max, double tau, double entropy_max) {
   check_floating("entropy_to_sigma", "entropy", entropy);
   const Tensor values = entropy.contiguous();
-  const Tensor sigma =
-      at::empty(entropy.sizes(), entropy.options().dtype(accumulation_type(entropy.scalar_type())));
+  const Tensor sigma = at::cpu::empty(
+      entropy.sizes(), entropy.options().dtype(accumulation_type(entropy.scalar_type())));
   const SigmaMap map(sigma_max, tau, entropy_max);
   dispatch_floating(entropy.scalar_type(), [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
@@ -43,7 +44,7 @@ Tensor entropy_to_sigma_backward(const Tensor& grad, const Tensor& entropy, doub
   const char* op = "entropy_to_sigma_backward";
   check_sigma_gradient(op, grad, entropy);
   const Tensor values = entropy.contiguous(), grads = grad.contiguous();
-  const Tensor result = at::empty(entropy.sizes(), entropy.options());
+  const Tensor result = at::cpu::empty(entropy.sizes(), entropy.options());
   const SigmaMap map(sigma_max, tau, entropy_max);
   dispatch_floating(entropy.scalar_type(), [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
@@ -71,7 +72,7 @@ Tensor entropy_prior(const Tensor& mean, const Tensor& entropy, const Tensor& no
   check_prior(op, "mean", mean, entropy, noise);
   const Tensor means = mean.contiguous(), noises = noise.contiguous();
   const Tensor entropies = entropy.to(accumulation_type(mean.scalar_type())).contiguous();
-  const Tensor out = at::empty(mean.sizes(), mean.options());
+  const Tensor out = empty_large(mean.sizes(), mean.options());
   if (out.numel() == 0) return out;
   dispatch_floating(mean.scalar_type(), [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
@@ -98,10 +99,10 @@ std::tuple<Tensor, Tensor> entropy_prior_backward(const Tensor& grad, const Tens
   check_prior(op, "grad", grad, entropy, noise);
   const Tensor grads = grad.contiguous(), noises = noise.contiguous();
   const Tensor entropies = entropy.to(accumulation_type(grad.scalar_type())).contiguous();
-  const Tensor grad_entropy = need_entropy ? at::empty(entropy.sizes(), entropies.options())
-                                           : at::empty({0}, entropies.options());
+  const Tensor grad_entropy = need_entropy ? at::cpu::empty(entropy.sizes(), entropies.options())
+                                           : at::cpu::empty({0}, entropies.options());
   const Tensor grad_noise =
-      need_noise ? at::empty(grad.sizes(), grad.options()) : at::empty({0}, grad.options());
+      need_noise ? empty_large(grad.sizes(), grad.options()) : at::cpu::empty({0}, grad.options());
   dispatch_floating(grad.scalar_type(), [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     const PriorBackwardCall<scalar_t> call{
