@@ -131,7 +131,7 @@ __device__ void squared_distances(const BatchCall& call, int64_t b, const BatchM
         norms[p] += norm;
       }
       each_tile([&](WarpSum<2, 4>& sum, int row, int column) {
-        sum.template add_product<true, 2>(memory.chunk + row * kBatchRowStride, kBatchRowStride,
+        sum.template add_product<true, 1>(memory.chunk + row * kBatchRowStride, kBatchRowStride,
                                           memory.chunk + column * kBatchRowStride, kBatchRowStride,
                                           kBatchDepth);
       });

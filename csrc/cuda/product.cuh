@@ -47,23 +47,24 @@ struct WarpSum {
   __device__ __forceinline__ void add_product(const float* a, int a_stride, const float* b,
                                               int b_stride, int depth) {
     const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+    const float* own_a = a + g * a_stride + t;
+    const float* own_b = transposed ? b + g * b_stride + t : b + t * b_stride + g;
 #pragma unroll unrolled
     for (int k = 0; k < depth; k += 8) {
       uint32_t a_high[m][4], a_low[m][4];
 #pragma unroll
       for (int row = 0; row < m; ++row) {
-        const float* at = a + (row * 16 + g) * a_stride + k + t;
+        const float* at = own_a + row * 16 * a_stride + k;
         const float operand[4] = {at[0], at[8 * a_stride], at[4], at[8 * a_stride + 4]};
         split(operand, a_high[row], a_low[row]);
       }
 #pragma unroll
       for (int column = 0; column < n; ++column) {
-        const int own = column * 8 + g;
         float operand[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int inner = k + t + 4 * i;
-          operand[i] = transposed ? b[own * b_stride + inner] : b[inner * b_stride + own];
+          operand[i] = transposed ? own_b[column * 8 * b_stride + k + 4 * i]
+                                  : own_b[(k + 4 * i) * b_stride + column * 8];
         }
         uint32_t b_high[2], b_low[2];
         split(operand, b_high, b_low);
