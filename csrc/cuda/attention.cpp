@@ -1,4 +1,4 @@
-#include "attention.h"
+#include "attention_plan.h"
 
 #include "../common/checks.h"
 #include "device.h"
@@ -36,11 +36,16 @@ Operand operand_of(const Tensor& x) {
           x.stride(2),        x.stride(3), x.stride(3) == 1 && common % 16 == 0};
 }
 
-int multiprocessors(const Tensor& x) {
-  int count = 1;
-  check_launch("attention", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount,
-                                                   std::max<int>(x.device().index(), 0)));
-  return count;
+GpuTraits gpu_of(const Tensor& x) {
+  const auto attribute = [&](cudaDeviceAttr name) {
+    int value = 0;
+    check_launch("attention",
+                 cudaDeviceGetAttribute(&value, name, std::max<int>(x.device().index(), 0)));
+    return value;
+  };
+  return {10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+              attribute(cudaDevAttrComputeCapabilityMinor),
+          attribute(cudaDevAttrMultiProcessorCount)};
 }
 
 // A call, checked, with the tensors that its pointers refer to.
@@ -204,18 +209,16 @@ ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Te
   call.lse = floats(lse), call.max_score = floats(max_score);
   call.entropy_out = floats(entropy_out), call.entropy_norm = floats(entropy_norm);
   call.entropy_lse = floats(entropy_lse), call.entropy_cross = floats(entropy_cross);
-  const int columns = key_columns(padded_width(std::max(shape.width, shape.value_width)),
-                                  static_cast<int>(query.element_size()));
-  const KeySplit split =
-      split_keys(query_blocks(shape), shape.key_length, columns, multiprocessors(query));
-  call.splits = split.splits, call.split_keys = split.keys;
+  const ForwardPlan plan = plan_forward(shape, gpu_of(query));
+  call.splits = plan.split.splits, call.split_keys = plan.split.keys;
   Tensor partial_out, partial;
   if (call.splits > 1) {
     partial_out = at::empty({call.splits, lse.numel(), shape.value_width}, statistics);
     partial = at::empty({call.splits, kStatistics, lse.numel()}, statistics);
     call.partial_out = floats(partial_out), call.partial = floats(partial);
   }
-  check_launch(op, launch_attention_forward(call, problem.stream()));
+  check_launch(op, plan.hopper ? launch_attention_forward_hopper(call, problem.stream())
+                               : launch_attention_forward(call, problem.stream()));
   if (call.splits > 1) check_launch(op, launch_attention_merge(call, problem.stream()));
   if (shape.entropy == EntropyKind::map) {
     check_launch(op, launch_attention_map(call, problem.stream()));

@@ -1,0 +1,74 @@
+#pragma once
+
+// What the host decides about the forward pass of attention: the kernel, and how the keys are
+// split.
+
+#include "attention.h"
+
+namespace driftar::cuda {
+
+struct GpuTraits {
+  int capability;  // ten times the major plus the minor number, e.g. 90
+  int multiprocessors;
+};
+
+struct ForwardPlan {
+  bool hopper;  // launch_attention_forward_hopper, else launch_attention_forward
+  KeySplit split;
+};
+
+// Rows of a block of the Hopper kernel: queries of the heads that share a key head, packed, in
+// whole queries; and keys of its tiles.
+constexpr int kHopperRows = 128, kHopperColumns = 128, kHopperMaxWidth = 128;
+
+inline int64_t hopper_group(const AttentionShape& shape) {
+  return shape.query_heads / shape.key_heads;
+}
+
+inline int64_t hopper_queries(const AttentionShape& shape) {
+  return kHopperRows / hopper_group(shape);
+}
+
+inline int64_t hopper_blocks(const AttentionShape& shape) {
+  const int64_t queries = hopper_queries(shape);
+  return shape.batch * shape.key_heads * ((shape.query_length + queries - 1) / queries);
+}
+
+// Whether tiles of the operand can be copied in bulk: aligned rows, and no dimension that repeats
+// itself. [B, H, L, D] as in `shape`.
+inline bool copies_in_bulk(const Operand& x, int64_t batch, int64_t heads, int64_t length,
+                           int64_t element) {
+  constexpr int64_t kMostBytes = int64_t{1} << 40;
+  const auto fits = [&](int64_t size, int64_t stride) {
+    return size == 1 || (stride > 0 && stride * element < kMostBytes);
+  };
+  return x.vectors && fits(batch, x.batch) && fits(heads, x.head) && fits(length, x.row);
+}
+
+// The wgmma kernel is for capability 9.0 alone: its instructions have no successors.
+inline bool suits_hopper(const AttentionShape& shape, int capability) {
+  const int64_t element = 2;
+  return capability == 90 && shape.type != Scalar::fp32 && shape.mask.kind == MaskKind::none &&
+         shape.ancestors == nullptr && shape.scale > 0 && shape.width <= kHopperMaxWidth &&
+         shape.value_width <= kHopperMaxWidth && shape.width > 0 && shape.value_width > 0 &&
+         shape.key_length > 0 && hopper_group(shape) <= kHopperRows &&
+         copies_in_bulk(shape.query, shape.batch, shape.query_heads, shape.query_length, element) &&
+         copies_in_bulk(shape.key, shape.batch, shape.key_heads, shape.key_length, element) &&
+         copies_in_bulk(shape.value, shape.batch, shape.key_heads, shape.key_length, element);
+}
+
+inline ForwardPlan plan_forward(const AttentionShape& shape, const GpuTraits& gpu) {
+  if (suits_hopper(shape, gpu.capability)) {
+    // One block fills a multiprocessor.
+    return {true, split_keys(2 * hopper_blocks(shape), shape.key_length, kHopperColumns,
+                             gpu.multiprocessors)};
+  }
+  const int columns = key_columns(padded_width(std::max(shape.width, shape.value_width)),
+                                  shape.type == Scalar::fp32 ? 4 : 2);
+  return {false, split_keys(query_blocks(shape), shape.key_length, columns, gpu.multiprocessors)};
+}
+
+// One block per hopper_blocks and split; errors of the descriptions of tensors are its own.
+cudaError_t launch_attention_forward_hopper(const AttentionForward& call, cudaStream_t stream);
+
+}  // namespace driftar::cuda
