@@ -211,6 +211,15 @@ ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Te
   call.entropy_lse = floats(entropy_lse), call.entropy_cross = floats(entropy_cross);
   const ForwardPlan plan = plan_forward(shape, gpu_of(query));
   call.splits = plan.split.splits, call.split_keys = plan.split.keys;
+  std::vector<Tensor> copies;  // live as long as the launches
+  const auto make_bulk = [&](Operand& operand, const Tensor& x) {
+    if (copies_in_bulk(operand, x.size(0), x.size(1), x.size(2))) return;
+    copies.push_back(x.clone(at::MemoryFormat::Contiguous));
+    operand = operand_of(copies.back());
+  };
+  if (plan.hopper) {
+    make_bulk(call.query, query), make_bulk(call.key, key), make_bulk(call.value, value);
+  }
   Tensor partial_out, partial;
   if (call.splits > 1) {
     partial_out = at::empty({call.splits, lse.numel(), shape.value_width}, statistics);

@@ -122,7 +122,7 @@ __device__ void produce(const HopperCall& call, Tiles<width>& tiles, const Work&
   if (tail) {
     if (leads) copy(tiles.values[0], call.value, &tiles.tail_full, 0);
     ptx::wait(&tiles.tail_full, 0);
-    constexpr int kWords = sizeof(tiles.values[0][0][0]) / sizeof(uint4);
+    constexpr int kWords = kPanel * sizeof(uint16_t) / sizeof(uint4);
     for (int panel = 0; panel < kPanels; ++panel) {
       auto* rows = reinterpret_cast<uint4*>(tiles.values[0][panel]);
       for (int at = valid * kWords + threadIdx.x; at < kHopperColumns * kWords; at += kWarp) {

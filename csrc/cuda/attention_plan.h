@@ -34,27 +34,26 @@ inline int64_t hopper_blocks(const AttentionShape& shape) {
   return shape.batch * shape.key_heads * ((shape.query_length + queries - 1) / queries);
 }
 
-// Whether tiles of the operand can be copied in bulk: aligned rows, and no dimension that repeats
-// itself. [B, H, L, D] as in `shape`.
-inline bool copies_in_bulk(const Operand& x, int64_t batch, int64_t heads, int64_t length,
-                           int64_t element) {
+// Whether tiles of an operand [B, H, L, D] of 16 bits can be copied in bulk as it lies: aligned
+// rows, and no dimension that repeats itself.
+inline bool copies_in_bulk(const Operand& x, int64_t batch, int64_t heads, int64_t length) {
   constexpr int64_t kMostBytes = int64_t{1} << 40;
   const auto fits = [&](int64_t size, int64_t stride) {
-    return size == 1 || (stride > 0 && stride * element < kMostBytes);
+    return size == 1 || (stride > 0 && 2 * stride < kMostBytes);
   };
   return x.vectors && fits(batch, x.batch) && fits(heads, x.head) && fits(length, x.row);
 }
 
-// The wgmma kernel is for capability 9.0 alone: its instructions have no successors.
+// The wgmma kernel is for capability 9.0 alone: its instructions have no successors. Only shapes
+// decide, so that equal calls give equal bits; operands that cannot be copied in bulk as they lie
+// are to be made contiguous.
 inline bool suits_hopper(const AttentionShape& shape, int capability) {
-  const int64_t element = 2;
+  const auto suits = [](int width) {
+    return width > 0 && width % 8 == 0 && width <= kHopperMaxWidth;
+  };
   return capability == 90 && shape.type != Scalar::fp32 && shape.mask.kind == MaskKind::none &&
-         shape.ancestors == nullptr && shape.scale > 0 && shape.width <= kHopperMaxWidth &&
-         shape.value_width <= kHopperMaxWidth && shape.width > 0 && shape.value_width > 0 &&
-         shape.key_length > 0 && hopper_group(shape) <= kHopperRows &&
-         copies_in_bulk(shape.query, shape.batch, shape.query_heads, shape.query_length, element) &&
-         copies_in_bulk(shape.key, shape.batch, shape.key_heads, shape.key_length, element) &&
-         copies_in_bulk(shape.value, shape.batch, shape.key_heads, shape.key_length, element);
+         shape.ancestors == nullptr && shape.scale > 0 && suits(shape.width) &&
+         suits(shape.value_width) && shape.key_length > 0 && hopper_group(shape) <= kHopperRows;
 }
 
 inline ForwardPlan plan_forward(const AttentionShape& shape, const GpuTraits& gpu) {
