@@ -2,98 +2,12 @@
 // warpgroups multiply by wgmma and take turns, so that one's exponentials run beside the other's
 // products.
 
-#include "attention_plan.h"
+#include "attention_hopper_tile.cuh"
 #include "attention_store.cuh"
-#include "ptx_hopper.cuh"
 
 namespace driftar::cuda {
 
 namespace {
-
-constexpr int kWarpgroup = 128, kConsumers = kHopperRows / 64;
-constexpr int kHopperThreads = (1 + kConsumers) * kWarpgroup;
-constexpr int kPanel = 64;  // columns of 16 bits in a swizzled row of 128 bytes
-constexpr int kSwizzlePeriod = 1024;
-// Registers of a thread: the copying warpgroup leaves what two others share, 64 Ki in all.
-constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-constexpr float kLn2 = 0.6931471805599453f;
-
-struct HopperCall {
-  AttentionForward forward;
-  // Coordinates: column, query head of a key head, row, key head, sample.
-  CUtensorMap query, key, value;
-};
-
-// Shared memory; stages of keys and values go round. A phase of `full` ends when the tile is there,
-// one of `empty` when every consuming warp has left it.
-template <int width>
-struct Tiles {
-  static constexpr int kPanels = width / kPanel, kStages = width == 64 ? 4 : 2;
-  using Keys = uint16_t[kPanels][kHopperColumns][kPanel];
-
-  uint16_t queries[kPanels][kHopperRows][kPanel];
-  Keys keys[kStages], values[kStages];
-  uint64_t queries_full, tail_full;
-  uint64_t keys_full[kStages], keys_empty[kStages], values_full[kStages], values_empty[kStages];
-
-  static constexpr size_t kBytes = sizeof(queries) + sizeof(keys) + sizeof(values) +
-                                   sizeof(uint64_t) * (2 + 4 * kStages) + kSwizzlePeriod;
-
-  static __device__ __forceinline__ Tiles& of_block() {
-    auto* start = static_cast<char*>(shared_memory());
-    start += -ptx::shared_address(start) & (kSwizzlePeriod - 1);
-    return *reinterpret_cast<Tiles*>(start);
-  }
-
-  __device__ __forceinline__ void initialize() {
-    ptx::init_barrier(&queries_full, 1), ptx::init_barrier(&tail_full, 1);
-    for (int stage = 0; stage < kStages; ++stage) {
-      ptx::init_barrier(&keys_full[stage], 1), ptx::init_barrier(&values_full[stage], 1);
-      constexpr int kReaders = kConsumers * kWarpgroup / kWarp;
-      ptx::init_barrier(&keys_empty[stage], kReaders);
-      ptx::init_barrier(&values_empty[stage], kReaders);
-    }
-    ptx::publish_barriers();
-    ptx::fence_async_proxy();
-  }
-};
-
-// Which rows a block takes, and which keys: tiles in descending order, so that those that some rows
-// do not see whole come first, and those before entropy_from last.
-struct Work {
-  int group, rows, first_query, key_head, b, split, begin, tiles;
-
-  __device__ explicit Work(const AttentionForward& call) {
-    group = static_cast<int>(call.query_heads / call.key_heads);
-    const int queries = kHopperRows / group;
-    rows = group * queries;
-    const auto row_blocks = static_cast<unsigned>(blocks_of(call.query_length, queries));
-    const auto key_heads = static_cast<unsigned>(call.key_heads);
-    const auto batch = static_cast<unsigned>(call.batch);
-    // The last rows see most if causal, so they start first.
-    first_query = static_cast<int>(row_blocks - 1 - blockIdx.x % row_blocks) * queries;
-    key_head = static_cast<int>(blockIdx.x / row_blocks % key_heads);
-    b = static_cast<int>(blockIdx.x / row_blocks / key_heads % batch);
-    split = static_cast<int>(blockIdx.x / row_blocks / key_heads / batch);
-  }
-
-  __device__ void limit(const AttentionForward& call, const Sample& sample) {
-    const int last = min(first_query + rows / group, call.query_length) - 1;
-    begin = split * call.split_keys;
-    const int end = min(begin + call.split_keys, sample.key_end(last));
-    tiles = max(0, (end - begin + kHopperColumns - 1) / kHopperColumns);
-  }
-
-  __device__ int start(int tile) const { return begin + (tiles - 1 - tile) * kHopperColumns; }
-};
-
-// The stage of a tile, and the parity of its round.
-template <int stages>
-struct Stage {
-  int index;
-  uint32_t parity;
-  __device__ explicit Stage(int tile) : index(tile % stages), parity(tile / stages & 1) {}
-};
 
 // One warp: has queries, keys and values copied. Keys behind the last are zeros, behind a sample's
 // length they are whatever the tensor holds: scores hide it, but values would spread NaN.
@@ -147,37 +61,6 @@ __device__ void produce(const HopperCall& call, Tiles<width>& tiles, const Work&
   }
 }
 
-// (m, l, t) of Statistics in powers of two, which saves a multiplication per score: with products
-// s, unit = scale log2 e and reference r = unit m, total = sum 2^y and moment = sum 2^y y for y =
-// unit s - r.
-struct Sums {
-  float largest = -INFINITY, reference = 0, total = 0, moment = 0;
-
-  __device__ __forceinline__ float add(float product, float unit) {
-    const float y = fmaf(product, unit, -reference);
-    const float weight = ptx::exp2(y);
-    total += weight;
-    moment = fmaf(weight, fmaxf(y, kFarBelow), moment);
-    return weight;
-  }
-
-  // Re-expresses the sums relative to a new, not smaller maximum; returns their factor.
-  __device__ __forceinline__ float raise(float new_largest, float unit) {
-    const float new_reference = Statistics::shift(new_largest) * unit;
-    const float y = reference - new_reference;
-    const float factor = largest == -INFINITY ? 0.0f : ptx::exp2(y);
-    moment = factor * fmaf(fmaxf(y, kFarBelow), total, moment);
-    total *= factor;
-    largest = new_largest, reference = new_reference;
-    return factor;
-  }
-
-  // Of the whole row: each of four lanes has summed its own columns.
-  __device__ __forceinline__ Statistics joined(float scale) const {
-    return {largest * scale, row_sum(total), row_sum(moment) * kLn2};
-  }
-};
-
 // A warpgroup: 64 rows of the block's tile, 16 a warp, two a lane.
 template <typename T, int width>
 class Consumer {
@@ -211,6 +94,7 @@ class Consumer {
     float scores[kFragments * 4] = {}, out[width / 2] = {};
     uint32_t weights[kHopperColumns / 16][4];
     if (work_.tiles > 0) {
+      if (group_ == 1 && work_.tiles > 1) ptx::arrive_threads(other_turn, kBoth);  // not first
       ptx::wait(&tiles_.queries_full, 0);
       multiply_keys(scores, 0);
       ptx::wait_products<0>();
@@ -219,7 +103,6 @@ class Consumer {
       float factors[2];
       weigh(scores, factors, 0);
       pack_weights(weights, scores);
-      if (group_ == 1 && work_.tiles > 1) ptx::arrive_threads(other_turn, kBoth);
     }
     for (int tile = 1; tile < work_.tiles; ++tile) {
       // Products of the other warpgroup go between, exponentials beside them.
@@ -411,49 +294,6 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   } else {
     __trap();  // the plan chooses this kernel for capability 9.0 alone
   }
-}
-
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-// The driver's function, without linking the driver.
-EncodeTiled encode_tiled() {
-  static const auto function = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult status;
-    constexpr unsigned kSinceVersion = 12000;
-    const cudaError_t error = cudaGetDriverEntryPointByVersion(
-        "cuTensorMapEncodeTiled", &found, kSinceVersion, cudaEnableDefault, &status);
-    const bool there = error == cudaSuccess && status == cudaDriverEntryPointSuccess;
-    return there ? reinterpret_cast<EncodeTiled>(found) : nullptr;
-  }();
-  return function;
-}
-
-// Describes [B, heads * group, L, columns] for boxes of `rows` rows of all heads of a group.
-cudaError_t describe(CUtensorMap& map, const AttentionForward& call, const Operand& x, int columns,
-                     int64_t group, int64_t length, int64_t rows) {
-  const EncodeTiled encode = encode_tiled();
-  if (encode == nullptr) return cudaErrorNotSupported;
-  const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
-  // A dimension of size 1 may have any stride, also one that the engine refuses.
-  const auto bytes = [](int64_t count, int64_t stride) {
-    return static_cast<cuuint64_t>(count == 1 ? 16 : stride * 2);
-  };
-  const cuuint64_t sizes[5] = {size(columns), size(group), size(length), size(call.key_heads),
-                               size(call.batch)};
-  const cuuint64_t strides[4] = {bytes(group, x.head), bytes(length, x.row),
-                                 bytes(call.key_heads, group * x.head), bytes(call.batch, x.batch)};
-  const cuuint32_t box[5] = {kPanel, static_cast<cuuint32_t>(group), static_cast<cuuint32_t>(rows),
-                             1, 1};
-  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
-  const CUresult result =
-      encode(&map,
-             call.type == Scalar::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                       : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-             5, const_cast<void*>(x.data), sizes, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 template <typename T, int width>

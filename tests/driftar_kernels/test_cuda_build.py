@@ -20,6 +20,8 @@ TORCH = Path(torch.__file__).parent / "include"
 def test_device_code_compiles_without_warnings_and_spills(source: str, architecture: str) -> None:
     if cuda_resources.nvcc() is None:
         pytest.skip("nvcc was not found")
+    if cuda_resources.HOPPER_SOURCES.search(source) and cuda_resources.nvdisasm() is None:
+        pytest.skip("nvdisasm, which shows the instructions of Hopper, was not found")
     usage = cuda_resources.measure([architecture], source)
     assert usage[source]
     assert not cuda_resources.problems(usage)
