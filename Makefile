@@ -56,7 +56,7 @@ test-triton: $(VENV)/.triton
 # The operators' own tests, with the CUDA kernels behind them on an emulator: of a GPU of capability
 # 8.0, then attention of 16 bits on one of 9.0, which has a kernel of its own.
 CASES ?= cuda
-EMULATED := $(foreach op,attention chain commit cuda_emulated cuda_hopper drift prior tree,\
+EMULATED := $(foreach op,attention chain commit cuda_emulated drift prior tree,\
 	$(wildcard tests/driftar_kernels/test_$(op)*.py))
 
 test-cuda: $(VENV)/.ready

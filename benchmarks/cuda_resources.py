@@ -230,7 +230,7 @@ def main() -> int:
         "kernels may spill.\n\n"
         f"{table(usage, arguments.arch)}\n\n"
         "Machine instructions of the kernels for Hopper (sm_90a), none of which the assembler\n"
-        "serialises; elsewhere these kernels are empty.\n\n"
+        "serialises; elsewhere these kernels only trap.\n\n"
         f"{machine_table(usage)}\n"
     )
     print(report)

@@ -1,4 +1,4 @@
-#include "attention_plan.h"
+#include "attention_forward_plan.h"
 
 #include "../common/checks.h"
 #include "device.h"

@@ -3,7 +3,7 @@
 // Tiles of attention on Hopper: shared memory and its barriers, a block's share of the work, row
 // statistics.
 
-#include "attention_plan.h"
+#include "attention_forward_plan.h"
 #include "attention_tile.cuh"
 #include "ptx_hopper.cuh"
 #include "tensor_map.h"

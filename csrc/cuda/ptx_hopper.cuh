@@ -17,6 +17,8 @@
 
 #include <cuda.h>
 
+#include <type_traits>
+
 #if !defined(__CUDACC__)
 #include <emulated_ptx_hopper.h>
 #else
@@ -94,10 +96,6 @@ __device__ __forceinline__ void copy_tile(void* target, const CUtensorMap& tenso
       : "memory");
 }
 
-__device__ __forceinline__ void prefetch(const CUtensorMap& tensor) {
-  asm volatile("prefetch.tensormap [%0];" : : "l"(&tensor) : "memory");
-}
-
 // The first or last of `threads` that come to the barrier with this number, 1 to 15.
 __device__ __forceinline__ void sync_threads(int barrier, int threads) {
   asm volatile("barrier.cta.sync.aligned %0, %1;" : : "r"(barrier), "r"(threads) : "memory");
@@ -141,15 +139,6 @@ __device__ __forceinline__ void commit_products() {
 template <int groups>
 __device__ __forceinline__ void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(groups) : "memory");
-}
-
-// An operand in shared memory, as panels (see above) that are `panel_bytes` apart. Rows follow each
-// other every 128 bytes, so that eight of them, the period of the swizzle, take 1024. The distance
-// of panels matters only where columns are the dimension that is not summed over.
-__device__ __forceinline__ uint64_t operand(const void* start, uint32_t panel_bytes) {
-  constexpr uint64_t kRows = 1024 >> 4, kSwizzle128 = 1;
-  const uint64_t address = (shared_address(start) & 0x3ffffu) >> 4;
-  return address | static_cast<uint64_t>(panel_bytes >> 4) << 16 | kRows << 32 | kSwizzle128 << 62;
 }
 
 // The name of a 16-bit type in an instruction.
@@ -231,3 +220,16 @@ __device__ __forceinline__ void multiply(float (&d)[32], const uint32_t (&a)[4],
 }  // namespace driftar::cuda::ptx
 
 #endif
+
+namespace driftar::cuda::ptx {
+
+// An operand in shared memory, as panels (see above) that are `panel_bytes` apart. Rows follow each
+// other every 128 bytes, so that eight of them, the period of the swizzle, take 1024. The distance
+// of panels matters only where columns are the dimension that is not summed over.
+__device__ __forceinline__ uint64_t operand(const void* start, uint32_t panel_bytes) {
+  constexpr uint64_t kRows = 1024 >> 4, kSwizzle128 = 1;
+  const uint64_t address = (shared_address(start) & 0x3ffffu) >> 4;
+  return address | static_cast<uint64_t>(panel_bytes >> 4) << 16 | kRows << 32 | kSwizzle128 << 62;
+}
+
+}  // namespace driftar::cuda::ptx

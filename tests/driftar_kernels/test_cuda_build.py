@@ -27,6 +27,24 @@ def test_device_code_compiles_without_warnings_and_spills(source: str, architect
     assert not cuda_resources.problems(usage)
 
 
+def test_resource_check_knows_what_it_refuses() -> None:
+    """Serialised products are information to the assembler, and no error."""
+    injected = "ptxas info    : (C7517) warpgroup.wait is injected in around line 121 by compiler"
+    assert cuda_resources.SERIALISED.search(injected)
+    assert not cuda_resources.SERIALISED.search("ptxas info    : Used 168 registers")
+
+    def found(spilled: int, machine: tuple[int, ...]) -> list[str]:
+        usage = cuda_resources.Usage(168, 0, spilled, 32, machine)
+        source = "attention_forward_hopper.cu"
+        return cuda_resources.problems({source: {"kernel": {cuda_resources.HOPPER: usage}}})
+
+    whole = (1,) * len(cuda_resources.HOPPER_INSTRUCTIONS)
+    assert not found(0, whole)
+    assert "8 bytes spilled" in found(8, whole)[0]
+    assert "no HGMMA" in found(0, (0, *whole[1:]))[0]
+    assert "not disassembled" in found(0, ())[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "binding", sorted((ROOT / "csrc/cuda").glob("*.cpp")), ids=lambda p: p.stem

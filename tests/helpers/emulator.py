@@ -50,10 +50,8 @@ def library() -> ctypes.CDLL:
         warnings.simplefilter("ignore")  # the operators' CPU kernels are replaced on purpose
         torch.ops.load_library(str(library_path()))
     loaded = ctypes.CDLL(str(library_path()))
-    for name in ("run", "multiply", "warpgroup_product", "tile"):
-        getattr(loaded, f"driftar_emulator_{name}").restype = ctypes.c_char_p
-    for name in ("driftar_plan_forward", "driftar_plan_copies_in_bulk"):
-        getattr(loaded, name).restype = ctypes.c_bool
+    for name in ("driftar_emulator_run", "driftar_emulator_multiply"):
+        getattr(loaded, name).restype = ctypes.c_char_p
     for name in ("driftar_plan_copy_unit", "driftar_plan_panel"):
         getattr(loaded, name).restype = ctypes.c_int64
     return loaded

@@ -58,11 +58,6 @@ void wait_products(Where where = Where::current()) {
   emulator::wait_products(groups, where);
 }
 
-inline uint64_t operand(const void* start, uint32_t panel_bytes) {
-  return (shared_address(start) & 0x3ffffu) >> 4 | uint64_t{panel_bytes >> 4} << 16 |
-         uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
-}
-
 template <bool is_bf16>
 void multiply(float (&d)[64], uint64_t a, uint64_t b, int accumulate,
               Where where = Where::current()) {

@@ -6,6 +6,7 @@ The operators' own tests run that kernel where the emulated device is a Hopper (
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 
 import pytest
 import torch
@@ -31,6 +32,17 @@ FAULTS = {
 }
 
 
+@cache
+def emulator() -> ctypes.CDLL:
+    """Its functions for Hopper."""
+    loaded = library()
+    for name in ("warpgroup_product", "tile"):
+        getattr(loaded, f"driftar_emulator_{name}").restype = ctypes.c_char_p
+    for name in ("forward", "copies_in_bulk"):
+        getattr(loaded, f"driftar_plan_{name}").restype = ctypes.c_bool
+    return loaded
+
+
 def pointer(x: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(x.data_ptr())
 
@@ -40,7 +52,7 @@ def product(fault: str, columns: int, transposed: bool) -> tuple[bytes | None, T
     a = normal(64, 64, seed=1).bfloat16()
     b = normal(*((64, columns) if transposed else (columns, 64)), seed=2).bfloat16()
     out = torch.full((64, columns), torch.nan)
-    message = library().driftar_emulator_warpgroup_product(
+    message = emulator().driftar_emulator_warpgroup_product(
         fault.encode(), columns, transposed, pointer(a), pointer(b), pointer(out)
     )
     return message, out.double(), a.double() @ (b if transposed else b.mT).double()
@@ -70,7 +82,7 @@ def test_copies_are_swizzled_and_end_with_the_tensor() -> None:
     data = torch.arange(rows * columns, dtype=torch.int16).reshape(rows, columns)
     out = torch.full((16, 64), -1, dtype=torch.int16)
     first_row, first_column = 10, 64
-    message = library().driftar_emulator_tile(
+    message = emulator().driftar_emulator_tile(
         pointer(data), rows, columns, 16, first_row, first_column, pointer(out)
     )
     assert message is None
@@ -99,7 +111,7 @@ def plan(
     """(Hopper kernel, splits, keys of each) on a device of 132 multiprocessors."""
     sizes = (ctypes.c_int64 * 7)(batch, *heads, *lengths, *widths)
     splits, each = ctypes.c_int(), ctypes.c_int()
-    chosen = library().driftar_plan_forward(
+    chosen = emulator().driftar_plan_forward(
         capability,
         132,
         sizes,
@@ -152,7 +164,7 @@ def test_hopper_kernel_splits_the_keys_of_few_queries() -> None:
 
 def test_bulk_copies_want_aligned_rows_that_do_not_repeat() -> None:
     def bulk(heads: int, stride: int, vectors: bool) -> bool:
-        copies = library().driftar_plan_copies_in_bulk
+        copies = emulator().driftar_plan_copies_in_bulk
         return bool(copies(ctypes.c_int64(heads), ctypes.c_int64(stride), vectors))
 
     assert bulk(4, 640, True) and bulk(1, 0, True)
