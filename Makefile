@@ -65,13 +65,16 @@ $(VENV)/.triton: $(VENV)/.ready
 test-triton: $(VENV)/.triton
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/driftar_kernels tests/benchmarks -k triton
 
-# The operators' own tests, with the CUDA kernels behind them on an emulator.
+# The operators' own tests, with the CUDA kernels behind them on an emulator: of a GPU of capability
+# 8.0, then attention of 16 bits on one of 9.0, which has a kernel of its own.
 CASES ?= cuda
 EMULATED := $(foreach op,attention chain commit cuda_emulated drift prior tree,\
 	$(wildcard tests/driftar_kernels/test_$(op)*.py)) tests/benchmarks/test_gpu_record.py
 
 test-cuda: $(VENV)/.ready
 	DRIFTAR_CUDA_EMULATED=1 $(BIN)/python -m pytest -q -n auto -k "$(CASES)" $(EMULATED)
+	DRIFTAR_CUDA_EMULATED=1 DRIFTAR_CUDA_EMULATED_CAPABILITY=90 $(BIN)/python -m pytest -q -n auto \
+		-k "($(CASES)) and (bf16 or fp16)" $(wildcard tests/driftar_kernels/test_attention*.py)
 
 test-all: $(VENV)/.ready
 	$(BIN)/python -m pytest

@@ -2,12 +2,14 @@
 
 Compiles the sources that CMakeLists.txt lists with nvcc, every warning an error, and reports
 registers, static and spilled memory as the assembler counts them, and the tensor-core
-instructions. Exits with 1 when something does not compile or spills.
+instructions. Exits with 1 when something does not compile or spills, when the assembler serialises
+products of warpgroups, or when a Hopper kernel lacks the instructions it is written for.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
@@ -32,6 +34,13 @@ TOLERATED = re.compile(r"kernel<float, (128|256)\b")
 # nvcc's names of unnamed namespaces, which demanglers do not know and every compilation changes.
 UNNAMED = re.compile(r"\d+_GLOBAL__N__[0-9a-f]{8}_\d+_\w+?_cu_[0-9a-f]{8}")
 NAMESPACE = re.compile(r"\(anonymous namespace\)::|driftar::cuda::")
+# The assembler only informs (C7510 and its neighbours) when it makes asynchronous products wait.
+SERIALISED = re.compile(r"\(C75\d\d\).*|Potential Performance Loss.*")
+# Machine instructions of the kernels in these sources: products of warpgroups, bulk copies of
+# tensor tiles, barriers that count bytes, exponentials, register budgets of warpgroups.
+HOPPER_SOURCES = re.compile(r"_hopper\.cu$")
+HOPPER = "90a"
+HOPPER_INSTRUCTIONS = ("HGMMA", "UTMALDG", "SYNCS", "MUFU.EX2", "USETMAXREG")
 
 
 @dataclass(frozen=True)
@@ -42,11 +51,22 @@ class Usage:
     stack: int
     spilled: int
     products: int  # tensor-core instructions in its PTX
+    machine: tuple[int, ...] = ()  # of each of HOPPER_INSTRUCTIONS, in kernels written for Hopper
 
 
 def nvcc() -> str | None:
     """Path of the CUDA compiler, if there is one."""
     return os.environ.get("NVCC") or shutil.which("nvcc")
+
+
+def nvdisasm() -> str | None:
+    """Path of the disassembler, which may also be the one in Triton's package."""
+    found = os.environ.get("NVDISASM") or shutil.which("nvdisasm")
+    package = importlib.util.find_spec("triton")
+    if found is None and package is not None and package.origin is not None:
+        own = Path(package.origin).parent / "backends/nvidia/bin/nvdisasm"
+        found = str(own) if own.exists() else None
+    return found
 
 
 def sources() -> list[Path]:
@@ -55,27 +75,52 @@ def sources() -> list[Path]:
     return [ROOT / path for path in listed]
 
 
+def machine_instructions(cubin: Path) -> dict[str, tuple[int, ...]]:
+    """Counts of HOPPER_INSTRUCTIONS by mangled kernel name.
+
+    Raises:
+        RuntimeError: there is no disassembler.
+    """
+    disassembler = nvdisasm()
+    if disassembler is None:
+        raise RuntimeError("nvdisasm was not found: put it on the PATH or set NVDISASM")
+    text = subprocess.run([disassembler, str(cubin)], check=True, capture_output=True, text=True)
+    bodies = re.split(r"^\.text\.(\w+):$", text.stdout, flags=re.M)[1:]
+    return {
+        name: tuple(len(re.findall(rf"\b{re.escape(i)}\b", body)) for i in HOPPER_INSTRUCTIONS)
+        for name, body in zip(bodies[::2], bodies[1::2], strict=True)
+    }
+
+
 def compiled(source: Path, architecture: str) -> dict[str, Usage]:
     """Usage by mangled kernel name.
 
     Raises:
         RuntimeError: the compiler refuses, or warns.
     """
+    machine: dict[str, tuple[int, ...]] = {}
     with tempfile.TemporaryDirectory() as folder:
         command = [str(nvcc()), *FLAGS, f"-arch=sm_{architecture}", "-cubin", "--keep"]
         command += ["--keep-dir", folder, "-o", str(Path(folder) / "out.cubin"), str(source)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{source.name}, sm_{architecture}: {done.stdout}{done.stderr}")
+        serialised = SERIALISED.search(done.stdout + done.stderr)
+        if serialised:
+            raise RuntimeError(f"{source.name}, sm_{architecture}: {serialised[0]}")
         ptx = (Path(folder) / f"{source.stem}.ptx").read_text()
+        if architecture == HOPPER and HOPPER_SOURCES.search(source.name):
+            machine = machine_instructions(Path(folder) / "out.cubin")
     bodies = re.split(r"\.visible \.entry |\.entry ", ptx)[1:]
-    products = {re.split(r"\W", body, maxsplit=1)[0]: body.count("mma.sync") for body in bodies}
+    product = re.compile(r"\bmma\.sync|\bwgmma\.mma_async")
+    products = {re.split(r"\W", body, maxsplit=1)[0]: len(product.findall(body)) for body in bodies}
     return {
         found["name"]: Usage(
             int(found["registers"]),
             int(found["stack"]),
             int(found["spilled"]),
             products[found["name"]],
+            machine.get(found["name"], ()),
         )
         for found in ENTRY.finditer(done.stdout + done.stderr)
     }
@@ -124,15 +169,35 @@ def table(usage: dict[str, dict[str, dict[str, Usage]]], architectures: list[str
     return "\n".join(lines)
 
 
-def problems(usage: dict[str, dict[str, dict[str, Usage]]]) -> list[str]:
-    """What spills, but for the tolerated kernels."""
-    return [
-        f"{source}, {kernel}, sm_{architecture}: {u.spilled} bytes spilled per thread"
-        for source, kernels in usage.items()
-        for kernel, columns in kernels.items()
-        for architecture, u in columns.items()
-        if u.spilled and not TOLERATED.search(kernel)
+def machine_table(usage: dict[str, dict[str, dict[str, Usage]]]) -> str:
+    """Markdown: what the kernels for Hopper consist of."""
+    lines = [
+        "| kernel | " + " | ".join(HOPPER_INSTRUCTIONS) + " |",
+        "|---|" + "---|" * len(HOPPER_INSTRUCTIONS),
     ]
+    for kernels in usage.values():
+        for kernel, columns in kernels.items():
+            machine = columns[HOPPER].machine if HOPPER in columns else ()
+            if machine:
+                lines.append(f"| `{kernel}` | " + " | ".join(map(str, machine)) + " |")
+    return "\n".join(lines)
+
+
+def problems(usage: dict[str, dict[str, dict[str, Usage]]]) -> list[str]:
+    """What spills, but for the tolerated kernels, and what a Hopper kernel lacks."""
+    found = []
+    for source, kernels in usage.items():
+        for kernel, columns in kernels.items():
+            for architecture, u in columns.items():
+                place = f"{source}, {kernel}, sm_{architecture}"
+                if u.spilled and not TOLERATED.search(kernel):
+                    found.append(f"{place}: {u.spilled} bytes spilled per thread")
+                for name, count in zip(HOPPER_INSTRUCTIONS, u.machine, strict=False):
+                    if count == 0:
+                        found.append(f"{place}: no {name}")
+                if architecture == HOPPER and HOPPER_SOURCES.search(source) and not u.machine:
+                    found.append(f"{place}: not disassembled")
+    return found
 
 
 def main() -> int:
@@ -159,11 +224,14 @@ def main() -> int:
     report = (
         "# Resources of the CUDA kernels\n\n"
         "Registers / bytes of stack / bytes spilled per thread / tensor-core instructions "
-        f"(`mma.sync` in the PTX), as compiled by nvcc {release[2] if release else '?'}.\n"
+        f"(`mma` and `wgmma` in the PTX), as compiled by nvcc {release[2] if release else '?'}.\n"
         f"Made by `python -m benchmarks.cuda_resources --output {REPORT}`; no GPU is needed.\n"
         "Splitting fp32 operands of wide heads takes more registers than there are; only these\n"
         "kernels may spill.\n\n"
-        f"{table(usage, arguments.arch)}\n"
+        f"{table(usage, arguments.arch)}\n\n"
+        "Machine instructions of the kernels for Hopper (sm_90a), none of which the assembler\n"
+        "serialises; elsewhere these kernels only trap.\n\n"
+        f"{machine_table(usage)}\n"
     )
     print(report)
     if arguments.output:

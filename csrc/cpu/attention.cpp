@@ -145,9 +145,9 @@ struct PanelStorage {
       panels.count = panels.split_panel + blocks(call.key_length - panels.split_key, kPanelKeys);
       tasks = call.batch * call.key_heads * panels.count;
       const int64_t value_width = padded<accumulate_t<scalar_t>>(call.value_width);
-      keys = at::empty({tasks * kPanelKeys, padded<scalar_t>(call.width)}, options);
-      values = at::empty({tasks * kPanelKeys, value_width}, options);
-      finite = at::empty({tasks}, options.dtype(at::kByte));
+      keys = at::cpu::empty({tasks * kPanelKeys, padded<scalar_t>(call.width)}, options);
+      values = at::cpu::empty({tasks * kPanelKeys, value_width}, options);
+      finite = at::cpu::empty({tasks}, options.dtype(at::kByte));
       panels.keys = keys.template mutable_data_ptr<scalar_t>();
       panels.values = values.template mutable_data_ptr<scalar_t>();
       panels.finite = finite.template mutable_data_ptr<uint8_t>();

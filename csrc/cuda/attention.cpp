@@ -1,4 +1,4 @@
-#include "attention.h"
+#include "attention_forward_plan.h"
 
 #include "../common/attention_arguments.h"
 #include "device.h"
@@ -23,6 +23,15 @@ using std::optional;
 Operand operand_of(const Tensor& x) {
   return {x.const_data_ptr(), x.stride(0), x.stride(1),
           x.stride(2),        x.stride(3), moves_in_vectors(x)};
+}
+
+GpuTraits gpu_of(const Tensor& x) {
+  const auto attribute = [&](cudaDeviceAttr name) {
+    return device_attribute("attention", x, name);
+  };
+  return {10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+              attribute(cudaDevAttrComputeCapabilityMinor),
+          attribute(cudaDevAttrMultiProcessorCount)};
 }
 
 // A call, checked, with the tensors that its pointers refer to.
@@ -150,19 +159,25 @@ ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Te
   call.lse = floats(lse), call.max_score = floats(max_score);
   call.entropy_out = floats(entropy_out), call.entropy_norm = floats(entropy_norm);
   call.entropy_lse = floats(entropy_lse), call.entropy_cross = floats(entropy_cross);
-  const int bytes = static_cast<int>(query.element_size());
-  const int columns =
-      key_columns(padded_width(std::max(shape.width, shape.value_width), bytes), bytes);
-  const KeySplit split = split_keys(query_blocks(shape), shape.key_length, columns,
-                                    device_attribute(op, query, cudaDevAttrMultiProcessorCount));
-  call.splits = split.splits, call.split_keys = split.keys;
+  const ForwardPlan plan = plan_forward(shape, gpu_of(query));
+  call.splits = plan.split.splits, call.split_keys = plan.split.keys;
+  std::vector<Tensor> copies;  // live as long as the launches
+  const auto make_bulk = [&](Operand& operand, const Tensor& x) {
+    if (copies_in_bulk(operand, x.size(0), x.size(1), x.size(2))) return;
+    copies.push_back(x.clone(at::MemoryFormat::Contiguous));
+    operand = operand_of(copies.back());
+  };
+  if (plan.hopper) {
+    make_bulk(call.query, query), make_bulk(call.key, key), make_bulk(call.value, value);
+  }
   Tensor partial_out, partial;
   if (call.splits > 1) {
     partial_out = at::empty({call.splits, lse.numel(), shape.value_width}, statistics);
     partial = at::empty({call.splits, kStatistics, lse.numel()}, statistics);
     call.partial_out = floats(partial_out), call.partial = floats(partial);
   }
-  check_launch(op, launch_attention_forward(call, problem.stream()));
+  check_launch(op, plan.hopper ? launch_attention_forward_hopper(call, problem.stream())
+                               : launch_attention_forward(call, problem.stream()));
   if (call.splits > 1) check_launch(op, launch_attention_merge(call, problem.stream()));
   if (shape.entropy == EntropyKind::map) {
     check_launch(op, launch_attention_map(call, problem.stream()));

@@ -1,27 +1,10 @@
 // Attention with row entropies: the pass over the keys, and the merge of its splits.
 
-#include "attention_tile.cuh"
+#include "attention_store.cuh"
 
 namespace driftar::cuda {
 
 namespace {
-
-// Writes the statistics of a finished row; `index` is its place in [B, Hq, Lq].
-__device__ void store_row(const AttentionForward& call, int64_t index, const Statistics& all,
-                          const Statistics& members, float support) {
-  call.lse[index] = all.lse();
-  call.max_score[index] = all.largest();
-  if (call.entropy == EntropyKind::none) return;
-  call.entropy_lse[index] = members.lse();
-  if (call.entropy == EntropyKind::map) {
-    call.entropy_cross[index] = support;
-    return;
-  }
-  const float entropy = members.entropy(), norm = entropy_norm(support, call.normalize);
-  call.entropy_out[index] = entropy * norm;
-  call.entropy_norm[index] = norm;
-  call.entropy_cross[index] = -entropy;
-}
 
 // A block takes kQueryRows packed queries of a key head, 16 a warp, and a split of the keys. While
 // scores are computed, kStages tiles of values are in flight or in use, while outputs are
@@ -154,18 +137,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
     if (!separate) members[r] = all[r];
     if (!rows[r].there) continue;
     const int64_t index = (b * call.query_heads + rows[r].head) * call.query_length + rows[r].query;
-    if (call.splits > 1) {
-      const float left[kStatistics] = {all[r].maximum,     all[r].total,     all[r].moment,
-                                       members[r].maximum, members[r].total, members[r].moment,
-                                       support[r]};
-      float* target = call.partial + split * kStatistics * total_rows + index;
-      if (t == 0) {
-#pragma unroll
-        for (int i = 0; i < kStatistics; ++i) target[i * total_rows] = left[i];
-      }
-    } else if (t == 0) {
-      store_row(call, index, all[r], members[r], support[r]);
-    }
+    if (t == 0) store_split(call, split, index, all[r], members[r], support[r]);
     const float divisor = call.splits > 1 || all[r].total == 0 ? 1.0f : all[r].total;
 #pragma unroll
     for (int n = 0; n < width / 8; ++n) {

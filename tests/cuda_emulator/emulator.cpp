@@ -12,6 +12,7 @@
 #include <memory>
 #include <mutex>
 #include <random>
+#include <stdexcept>
 #include <vector>
 
 #if !defined(__x86_64__)
@@ -95,7 +96,7 @@ struct Copy {
   size_t bytes, zero_filled;
 };
 
-enum class State { ready, at_barrier, in_warp, finished };
+enum class State { ready, at_barrier, in_warp, waiting, finished };
 
 struct Fiber {
   Context context;
@@ -106,6 +107,8 @@ struct Fiber {
   unsigned mask = 0;
   Combine combine = nullptr;
   void* deposit = nullptr;
+  bool (*is_ready)(const void*) = nullptr;
+  const void* argument = nullptr;
   std::vector<Copy> uncommitted;
   std::deque<std::vector<Copy>> groups;
 };
@@ -120,6 +123,9 @@ struct Machine {
   void (*body)(const void*) = nullptr;
   const void* argument = nullptr;
   std::string message;
+  std::vector<std::function<void()>> pending;
+  std::vector<void (*)()> checks;
+  uint64_t blocks = 0;
   bool faulty = false;
   uint64_t seed = 0;
   int order = 2;
@@ -170,6 +176,7 @@ void run_fiber() {
     if (!group.empty()) fault(describe(fiber) + " ends without waiting for its copies");
   }
   if (!fiber.uncommitted.empty()) fault(describe(fiber) + " ends with uncommitted copies");
+  for (const auto check : machine.checks) check();
   ++machine.finished;
   pause(State::finished);
   std::abort();  // a finished fiber is never resumed
@@ -220,6 +227,21 @@ void release_barrier() {
   machine.waiting = 0;
 }
 
+// Lets one of the other units work; which one is not known either.
+bool work_elsewhere(std::mt19937_64& random) {
+  if (machine.pending.empty()) return false;
+  std::swap(machine.pending[random() % machine.pending.size()], machine.pending.back());
+  const auto work = std::move(machine.pending.back());
+  machine.pending.pop_back();
+  try {
+    work();
+  } catch (const std::runtime_error& error) {
+    machine.faulty = true;
+    machine.message = error.what();
+  }
+  return true;
+}
+
 void run_block(std::mt19937_64& random) {
   std::vector<unsigned> order(machine.threads);
   while (!machine.faulty && machine.finished < machine.threads) {
@@ -227,6 +249,9 @@ void run_block(std::mt19937_64& random) {
     bool progress = false;
     for (const unsigned i : order) {
       Fiber& fiber = *machine.fibers[i];
+      if (fiber.state == State::waiting && fiber.is_ready(fiber.argument)) {
+        fiber.state = State::ready;
+      }
       if (fiber.state != State::ready) continue;
       progress = true;
       machine.running = &fiber;
@@ -236,15 +261,21 @@ void run_block(std::mt19937_64& random) {
     }
     if (machine.waiting == machine.threads) {
       release_barrier();
-    } else if (!progress && machine.finished < machine.threads) {
+    } else if (!progress && machine.finished < machine.threads && !work_elsewhere(random)) {
       machine.faulty = true;
       machine.message = deadlock();
     }
+  }
+  if (!machine.faulty && !machine.pending.empty()) {
+    machine.faulty = true;
+    machine.message = "a block ends with copies in flight";
   }
 }
 
 void start_block(Index grid, Index block, unsigned block_index) {
   machine.finished = machine.waiting = 0;
+  machine.pending.clear();
+  ++machine.blocks;
   for (unsigned i = 0; i < machine.threads; ++i) {
     Fiber& fiber = *machine.fibers[i];
     fiber.place = {{i, 0, 0}, {block_index, 0, 0}, block, grid};
@@ -261,9 +292,15 @@ const Place& place() { return machine.running->place; }
 
 std::byte* shared_memory() { return machine.shared; }
 
+int capability() {
+  const char* chosen = std::getenv("DRIFTAR_CUDA_EMULATED_CAPABILITY");
+  return chosen == nullptr ? 80 : std::atoi(chosen);
+}
+
 const char* fault_message() { return machine.message.c_str(); }
 
 void fault(const std::string& message) {
+  if (machine.running == nullptr) throw std::runtime_error(message);  // outside of the threads
   machine.faulty = true;
   machine.message = message;
   pause(State::finished);
@@ -350,6 +387,22 @@ void meet_warp(unsigned mask, void* deposit, Combine combine, const std::source_
     if (mask >> i & 1u) machine.fibers[first + i]->state = State::ready;
   }
 }
+
+void wait_until(bool (*ready)(const void*), const void* argument,
+                const std::source_location& where) {
+  if (ready(argument)) return;
+  Fiber& fiber = *machine.running;
+  fiber.is_ready = ready;
+  fiber.argument = argument;
+  fiber.where = where;
+  pause(State::waiting);
+}
+
+void later(std::function<void()> work) { machine.pending.push_back(std::move(work)); }
+
+uint64_t block_number() { return machine.blocks; }
+
+void at_end_of_thread(void (*check)()) { machine.checks.push_back(check); }
 
 void copy_later(void* target, const void* source, size_t bytes, size_t zero_filled) {
   // What the target held is lost from now on: another thread may still be reading it too late.

@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <source_location>
 #include <string>
 
@@ -31,6 +32,9 @@ std::byte* shared_memory();
 bool launch(Index grid, Index block, size_t shared_bytes, void (*body)(const void*),
             const void* argument);
 
+// Of the device, e.g. 80: DRIFTAR_CUDA_EMULATED_CAPABILITY, by default 80.
+int capability();
+
 // What ended the last faulty launch.
 const char* fault_message();
 
@@ -44,6 +48,17 @@ void block_barrier(const std::source_location& where);
 // deposits[i], and answers through them.
 using Combine = void (*)(void* const* deposits, unsigned mask);
 void meet_warp(unsigned mask, void* deposit, Combine combine, const std::source_location& where);
+
+// Suspends the running thread until ready(argument).
+void wait_until(bool (*ready)(const void*), const void* argument,
+                const std::source_location& where);
+
+// What another unit of the machine does: at the latest, when no thread can go on without it.
+void later(std::function<void()> work);
+
+// Counts the blocks that have run; `check` is called at the end of every thread.
+uint64_t block_number();
+void at_end_of_thread(void (*check)());
 
 // Asynchronous copies take place when they are waited for, not before.
 void copy_later(void* target, const void* source, size_t bytes, size_t zero_filled);

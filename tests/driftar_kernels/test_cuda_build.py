@@ -20,9 +20,29 @@ TORCH = Path(torch.__file__).parent / "include"
 def test_device_code_compiles_without_warnings_and_spills(source: str, architecture: str) -> None:
     if cuda_resources.nvcc() is None:
         pytest.skip("nvcc was not found")
+    if cuda_resources.HOPPER_SOURCES.search(source) and cuda_resources.nvdisasm() is None:
+        pytest.skip("nvdisasm, which shows the instructions of Hopper, was not found")
     usage = cuda_resources.measure([architecture], source)
     assert usage[source]
     assert not cuda_resources.problems(usage)
+
+
+def test_resource_check_knows_what_it_refuses() -> None:
+    """Serialised products are information to the assembler, and no error."""
+    injected = "ptxas info    : (C7517) warpgroup.wait is injected in around line 121 by compiler"
+    assert cuda_resources.SERIALISED.search(injected)
+    assert not cuda_resources.SERIALISED.search("ptxas info    : Used 168 registers")
+
+    def found(spilled: int, machine: tuple[int, ...]) -> list[str]:
+        usage = cuda_resources.Usage(168, 0, spilled, 32, machine)
+        source = "attention_forward_hopper.cu"
+        return cuda_resources.problems({source: {"kernel": {cuda_resources.HOPPER: usage}}})
+
+    whole = (1,) * len(cuda_resources.HOPPER_INSTRUCTIONS)
+    assert not found(0, whole)
+    assert "8 bytes spilled" in found(8, whole)[0]
+    assert "no HGMMA" in found(0, (0, *whole[1:]))[0]
+    assert "not disassembled" in found(0, ())[0]
 
 
 @pytest.mark.slow

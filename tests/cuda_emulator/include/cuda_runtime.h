@@ -15,6 +15,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 using dim3 = driftar::emulator::Index;
 
@@ -34,20 +35,52 @@ struct alignas(16) uint4 {
 };
 
 using cudaStream_t = struct CUstream_st*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorLaunchFailure = 719,
+  cudaErrorNotSupported = 801
+};
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : driftar::emulator::fault_message();
+  if (error == cudaErrorLaunchFailure) return driftar::emulator::fault_message();
+  return error == cudaSuccess ? "no error" : "an invalid or unsupported argument";
 }
 
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  // Few multiprocessors, so that small tests meet one split of the keys and several.
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : 163 << 10;
+  const int capability = driftar::emulator::capability();
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = 4;  // few, so that small tests meet one split of the keys and several
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = capability / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = capability % 10;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = 163 << 10;
+  }
   return cudaSuccess;
 }
+
+enum { cudaEnableDefault = 0 };
+enum cudaDriverEntryPointQueryResult {
+  cudaDriverEntryPointSuccess = 0,
+  cudaDriverEntryPointSymbolNotFound = 1
+};
+// Knows the functions of the driver that the emulator has.
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version,
+                                             unsigned long long flags,
+                                             cudaDriverEntryPointQueryResult* result);
+
+[[noreturn]] inline void __trap() { driftar::emulator::fault("a trap"); }
 
 inline void __syncthreads(std::source_location where = std::source_location::current()) {
   driftar::emulator::block_barrier(where);
