@@ -3,13 +3,13 @@
 // One block of queries through all its keys: out and the statistics of every row. Only for kernel
 // files.
 
+#include "attention_few_rows.h"
 #include "attention_tile.h"
 
 #include <cmath>
 #include <vector>
 
 namespace driftar::cpu {
-
 namespace {
 
 // |E_i| without a mask: visible keys from entropy_from on.
@@ -104,8 +104,8 @@ void forward_block(const AttentionForward<scalar_t>& call, const QueryBlock<scal
   acc_t* query_buffer = scratch.take(rows * padded<acc_t>(call.width));
   acc_t* key_buffer = scratch.take(key_block * padded<acc_t>(call.width));
   acc_t* value_buffer = scratch.take(key_block * out_stride);
-  acc_t* packed = scratch.take(key_block * call.width);
-  acc_t* scores = scratch.take(kGemmRows<acc_t> * key_block);
+  acc_t* packed = scratch.take(key_block * padded<acc_t>(call.width));
+  acc_t* scores = scratch.take(kMaxGemmRows * key_block);
   acc_t* out = scratch.take(rows * out_stride);
   BlockStatistics<acc_t> statistics;
   statistics.totals = scratch.take(rows * statistics.lanes);
@@ -113,13 +113,15 @@ void forward_block(const AttentionForward<scalar_t>& call, const QueryBlock<scal
   statistics.clear(rows);
   std::fill(out, out + rows * out_stride, acc_t(0));
 
-  const bool few = rows <= kDotRows;
+  const bool few = rows <= kFewRows<acc_t>;
   const bool several_strips = rows > kGemmRows<acc_t>;
+  const bool fetches = rows > kDotRows;  // fewer only wait for memory
   const bool wants_entropy = call.entropy != EntropyKind::none;
   const bool counts = wants_entropy && call.visibility.mask != nullptr;
   std::vector<int64_t> support(counts ? rows : 0);
 
   const Rows<acc_t> queries = block.load(call.query, call.width, query_buffer);
+  const FewQueries<acc_t> few_queries(queries, few ? rows : 0, width, call.scale, packed);
   const auto absorb_keys = [&](int64_t first, int64_t last, bool keep) {
     for (int64_t column = first; column < last; column += key_block) {
       const Tile tile{column, std::min(key_block, last - column)};
@@ -127,14 +129,15 @@ void forward_block(const AttentionForward<scalar_t>& call, const QueryBlock<scal
                                          call.width, key_buffer);
       const Rows<acc_t> values = load_rows(call.value, block.b, block.key_head(), column,
                                            tile.columns, call.value_width, value_buffer);
-      // The values, and later the next keys, are asked for in portions, so that they travel while
-      // there is something to compute: with a single strip that is too little.
-      for (int64_t c = 0; c < tile.columns; c += kGemmColumns<acc_t>) {
-        const int64_t count = std::min(kGemmColumns<acc_t>, tile.columns - c);
-        if (several_strips) prefetch(values.from(c), count, value_width);
+      // The values, and the next keys (later, where there are several strips), are asked for in
+      // portions, so that they travel while there is something to compute.
+      const int64_t step = few && fetches ? kFewColumns : kGemmColumns<acc_t>;
+      for (int64_t c = 0; c < tile.columns; c += step) {
+        const int64_t count = std::min(step, tile.columns - c);
+        if (fetches) prefetch(values.from(c), count, value_width);
         if (few) {
-          dot_products(rows, count, width, call.scale, queries, keys.from(c),
-                       (keep ? kept.scores : scores) + c, key_block);
+          if (fetches) prefetch(keys.from(c + key_block), count, width);
+          few_queries.multiply(count, keys.from(c), (keep ? kept.scores : scores) + c, key_block);
         } else {
           pack_transposed(keys.from(c), count, call.width, call.scale, packed + c * call.width);
         }
@@ -146,7 +149,8 @@ void forward_block(const AttentionForward<scalar_t>& call, const QueryBlock<scal
       const bool guarded =
           is_partial(block, tile) && !all_finite(values, tile.columns, value_width);
       for_each_strip(block, tile, [&](const Strip& strip) {
-        acc_t* strip_scores = keep ? kept.scores + strip.first * key_block : scores;
+        acc_t* strip_scores = scores + (few ? strip.first * key_block : 0);
+        if (keep) strip_scores = kept.scores + strip.first * key_block;
         const int64_t next = strip.first + strip.rows;
         prefetch(queries.from(next), std::min(kGemmRows<acc_t>, rows - next), width);
         if (!few) {
