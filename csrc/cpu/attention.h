@@ -110,6 +110,11 @@ struct AttentionBackward : AttentionShape<scalar_t> {
 
 // Keys per block.
 constexpr int64_t kKeyBlock = 256;
+// Up to so many queries gather products with every key apart.
+constexpr int64_t kDotRows = 2;
+// Keys per block of as few queries as one matrix product takes, which looks at the values twice: in
+// the first-level cache.
+constexpr int64_t kFewKeyBlock = 128;
 // Queries per block: at most, since the keys are packed anew for every block. As few as give every
 // thread several blocks, down to the second number; fewer only for threads that would have none.
 constexpr int64_t kQueryBlock = 512;
@@ -117,8 +122,6 @@ constexpr int64_t kMinQueryBlock = 64;
 // Blocks of the backward pass, whose tiles of scores and of their gradients stay in the L2 cache.
 constexpr int64_t kBackwardQueryBlock = 64;
 constexpr int64_t kBackwardKeyBlock = 128;
-// Up to so many queries are multiplied with the keys as they lie; more are worth packing the keys.
-constexpr int64_t kDotRows = 2;
 // Rows that a matrix product takes together, at most.
 constexpr int64_t kMaxGemmRows = 8;
 // Rows that AMX takes together. Blocks of fewer are bound by reading the keys.
@@ -158,8 +161,10 @@ int64_t whole_panels(int64_t keys) {
 }
 
 template <typename scalar_t>
-int64_t forward_key_block(const AttentionShape<scalar_t>& shape) {
-  return std::min(whole_panels<scalar_t>(shape.key_length), kKeyBlock);
+int64_t forward_key_block(const AttentionForward<scalar_t>& call) {
+  const int64_t rows = call.blocking.rows * call.blocking.heads;
+  const bool few = rows > kDotRows && rows <= kMaxGemmRows;
+  return std::min(whole_panels<scalar_t>(call.key_length), few ? kFewKeyBlock : kKeyBlock);
 }
 
 // The queries of a task that makes the head-averaged map in one pass, keeping the scores of all
@@ -193,7 +198,7 @@ int64_t forward_scratch(const AttentionForward<scalar_t>& call, int64_t keys) {
   const int64_t strip_rows = amx ? kAmxRows + kAmxRows / 2 : kMaxGemmRows;
   const int64_t loaded = rows * width + keys * (width + value_width);
   const int64_t statistics = 2 * rows * padding<acc_t>;
-  return loaded + keys * call.width + rows * value_width + statistics + strip_rows * keys;
+  return loaded + keys * width + rows * value_width + statistics + strip_rows * keys;
 }
 
 template <typename scalar_t>

@@ -12,7 +12,6 @@
 #include <vector>
 
 namespace driftar::cpu {
-
 namespace {
 
 // |E_i| without a mask: visible keys from entropy_from on.

@@ -3,6 +3,7 @@
 // How a block of queries meets a tile of keys and values: on vectors, in the accumulation type.
 // Only for kernel files.
 
+#include "attention_few_rows.h"
 #include "attention_tile.h"
 
 #include <algorithm>
@@ -20,9 +21,11 @@ struct VectorProducts {
   const QueryBlock<scalar_t>& block;
   const AttentionShape<scalar_t>& shape;
   int64_t key_block, width, value_width;
-  bool few, several_strips;
+  // Few queries are one strip; the fewest only wait for memory, which nobody needs to ask for.
+  bool few, fetches, several_strips;
   acc_t *key_buffer, *value_buffer, *packed;
   Rows<acc_t> queries, keys{}, values{};
+  FewQueries<acc_t> few_queries{};
   Tile tile{};
   bool guarded = false;
   int64_t coming = 0, portion = 0;  // keys of the next tile; how many of them a row asks for
@@ -34,13 +37,15 @@ struct VectorProducts {
         key_block(keys_per_tile),
         width(whole_vectors<acc_t>(shape.width)),
         value_width(whole_vectors<acc_t>(shape.value_width)),
-        few(block.count() <= kDotRows),
+        few(block.count() <= kFewRows<acc_t>),
+        fetches(block.count() > kDotRows),
         several_strips(block.count() > strip_rows) {
     acc_t* query_buffer = scratch.take(block.count() * padded<acc_t>(shape.width));
     key_buffer = scratch.take(key_block * padded<acc_t>(shape.width));
     value_buffer = scratch.take(key_block * padded<acc_t>(shape.value_width));
-    packed = scratch.take(key_block * shape.width);
+    packed = scratch.take(key_block * padded<acc_t>(shape.width));
     queries = block.load(shape.query, shape.width, query_buffer);
+    if (few) few_queries = {queries, block.count(), width, shape.scale, packed};
   }
 
   // Goes on to `next`, of the keys before `last`.
@@ -51,10 +56,10 @@ struct VectorProducts {
     values = load_rows(shape.value, block.b, block.key_head(), tile.column, tile.columns,
                        shape.value_width, value_buffer);
     // The values, and later the next keys, are asked for in portions, so that they travel while
-    // there is something to compute: with a single strip that is too little.
+    // there is something to compute.
     for (int64_t c = 0; !few && c < tile.columns; c += kGemmColumns<acc_t>) {
       const int64_t count = std::min(kGemmColumns<acc_t>, tile.columns - c);
-      if (several_strips) prefetch(values.from(c), count, value_width);
+      prefetch(values.from(c), count, value_width);
       pack_transposed(keys.from(c), count, shape.width, shape.scale, packed + c * shape.width);
     }
     coming = !several_strips || keys.data == key_buffer
@@ -69,8 +74,15 @@ struct VectorProducts {
     const int64_t next = strip.first + strip.rows;
     prefetch(queries.from(next), std::min(strip_rows, block.count() - next), width);
     if (few) {
-      dot_products(strip.rows, strip.columns, width, shape.scale, queries.from(strip.first), keys,
-                   scores, key_block);
+      const int64_t step = fetches ? kFewColumns : strip.columns;
+      for (int64_t c = 0; c < strip.columns; c += step) {
+        const int64_t count = std::min(step, strip.columns - c);
+        if (fetches) {
+          prefetch(values.from(c), count, value_width);
+          prefetch(keys.from(c + key_block), count, width);
+        }
+        few_queries.multiply(count, keys.from(c), scores + c, key_block);
+      }
     } else {
       score_products(block, strip, queries, packed_panels(packed, shape.width), scores, key_block);
     }

@@ -195,17 +195,6 @@ void prefetch(Rows<T> rows, int64_t count, int64_t width) {
   }
 }
 
-// scores[i, j] = scale <queries_i, keys_j>, from whole vectors.
-template <typename T>
-void dot_products(int64_t rows, int64_t columns, int64_t width, T scale, Rows<T> queries,
-                  Rows<T> keys, T* scores, int64_t stride) {
-  for (int64_t j = 0; j < columns; ++j) {
-    for (int64_t i = 0; i < rows; ++i) {
-      scores[i * stride + j] = scale * row_dot(queries.at(i), keys.at(j), width);
-    }
-  }
-}
-
 // The scores of a strip, up to the next whole vector; `keys` are packed and carry the scale.
 template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
 void score_products(const QueryBlock<scalar_t>& block, const Strip& strip, Rows<acc_t> queries,

@@ -141,9 +141,13 @@ double squared_distance(const scalar_t* a, const scalar_t* b, int64_t count) {
     }
   }
   double sum = 0;
-  for (const double part : sums) sum += part;
-  for (; d < count; ++d) {
-    const acc_t difference = static_cast<acc_t>(a[d]) - static_cast<acc_t>(b[d]);
+  if (d > 0) {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t lane = 0; lane < lanes; ++lane) sum += sums[lane];
+  }
+#pragma omp simd reduction(+ : sum)
+  for (int64_t rest = d; rest < count; ++rest) {
+    const acc_t difference = static_cast<acc_t>(a[rest]) - static_cast<acc_t>(b[rest]);
     sum += static_cast<double>(difference) * static_cast<double>(difference);
   }
   return sum;
