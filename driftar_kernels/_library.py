@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch._library.triton import triton_ops_to_kernels
 
 NAMESPACE = "driftar"
 
@@ -105,7 +104,11 @@ def _define_twin(op: str, fake: Callable[..., Any], mutates: tuple[str, ...]) ->
     compiled = TRITON_INSTALLED and not TRITON_INTERPRETED
     define: Any = torch.library.triton_op if compiled else torch.library.custom_op
     define(name, launch, mutates_args=mutates).register_fake(fake)
-    triton_ops_to_kernels[name] = _TritonKernels()
+    if compiled:
+        # PyTorch fills this for operators whose source names their kernels, as ours do not.
+        from torch._library.triton import triton_ops_to_kernels
+
+        triton_ops_to_kernels[name] = _TritonKernels()
 
 
 class _TritonKernels(list[object]):
