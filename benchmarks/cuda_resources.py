@@ -210,11 +210,18 @@ def main() -> int:
     parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--output", type=Path, help=f"write the report, e.g. {REPORT}")
     arguments = parser.parse_args()
-    compiler = nvcc()
-    if compiler is None:
-        print("nvcc was not found: put it on the PATH or set NVCC", file=sys.stderr)
-        return 1
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    tools = {"nvcc": nvcc()}
+    if "90a" in arguments.arch:
+        tools["nvdisasm"] = nvdisasm()
+    for name, path in tools.items():
+        if path is None:
+            print(
+                f"{name} was not found: put it on the PATH or set {name.upper()}", file=sys.stderr
+            )
+            return 1
+    version = subprocess.run(
+        [str(tools["nvcc"]), "--version"], capture_output=True, text=True
+    ).stdout
     release = re.search(r"release ([\d.]+), V([\d.]+)", version)
     try:
         usage = measure(arguments.arch, arguments.only)
