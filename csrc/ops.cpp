@@ -49,7 +49,8 @@ TORCH_LIBRARY(driftar, library) {
       "Tensor scale, float[] temperatures) -> (Tensor squares, Tensor balances)");
   library.def(
       "drift_combined_force(Tensor gen, Tensor pos, Tensor? neg, Tensor weight, Tensor distances, "
-      "Tensor scale, float[] temperatures, Tensor balances, Tensor factors) -> Tensor");
+      "Tensor scale, float[] temperatures, Tensor balances, Tensor factors) -> "
+      "(Tensor force, Tensor squares)");
   library.def("drift_loss_gradient(Tensor force, Tensor factor, ScalarType dtype) -> Tensor");
   library.def(
       "entropy_to_sigma(Tensor entropy, float sigma_max, float tau, float entropy_max) -> Tensor");

@@ -205,8 +205,10 @@ def _field(
             forces = (*points, distances, scale, values)
             squares, balances = _library.native("drift_squares")(*forces)
             norms = _norms(squares, gen, group)
-            force = _library.native("drift_combined_force")(*forces, balances, _factors(norms))
-            return DriftField(force, scale, norms), None
+            force, square = _library.native("drift_combined_force")(
+                *forces, balances, _factors(norms)
+            )
+            return DriftField(force, scale, norms), square / force[0].numel()
         if backend == "reference":
             raw, squares = reference.drift_force(*points, scale, values)
         else:
@@ -399,8 +401,8 @@ def _combined_force_fake(
     temperatures: Sequence[float],
     balances: Tensor,
     factors: Tensor,
-) -> Tensor:
-    return weight.new_empty(gen.shape)
+) -> tuple[Tensor, Tensor]:
+    return weight.new_empty(gen.shape), weight.new_empty(gen.shape[0])
 
 
 def _loss_gradient_fake(force: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 #include "../common/attention_arguments.h"
 #include "../common/dispatch.h"
 #include "../common/tree_layout.h"
+#include "large_blocks.h"
 #include "parallel.h"
 
 #include <ATen/TensorOperators.h>
@@ -173,7 +174,7 @@ ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Te
   const std::vector<int64_t> per_entropy =
       context.entropy == EntropyKind::map ? std::vector<int64_t>{rows[0], rows[2]} : per_row;
   const Tensor out =
-      at::cpu::empty({rows[0], rows[1], rows[2], context.value_width}, query.options());
+      empty_large({rows[0], rows[1], rows[2], context.value_width}, query.options());
   const Tensor lse = at::cpu::empty(rows, statistics), max_score = at::cpu::empty(rows, statistics);
   const Tensor entropy_out = at::cpu::empty(per_entropy, statistics);
   const Tensor entropy_norm = at::cpu::empty(per_entropy, statistics);
@@ -251,7 +252,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   check_attention_gradients(context.entropy, query, value, grad_out, grad_entropy, grad_lse, out,
                             lse, entropy_lse, entropy_cross, entropy_norm);
 
-  const Tensor grad_query = at::cpu::empty(query.sizes(), query.options());
+  const Tensor grad_query = empty_large(query.sizes(), query.options());
   if (context.nothing_to_do() || context.key_length == 0) {
     grad_query.zero_();
     return {grad_query, at::zeros(key.sizes(), key.options()),
@@ -265,8 +266,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
                saved_entropy_lse = entropy_lse.contiguous(),
                saved_cross = entropy_cross.contiguous(), lse_weight = grad_lse.contiguous();
   const Tensor delta = at::cpu::empty(rows, statistics);
-  const Tensor grad_key = at::cpu::empty(key.sizes(), key.options());
-  const Tensor grad_value = at::cpu::empty(value.sizes(), value.options());
+  const Tensor grad_key = empty_large(key.sizes(), key.options());
+  const Tensor grad_value = empty_large(value.sizes(), value.options());
 
   dispatch_floating(query.scalar_type(), [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;

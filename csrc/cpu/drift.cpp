@@ -2,7 +2,7 @@
 
 #include "../common/dispatch.h"
 #include "../common/drift_arguments.h"
-#include "huge_pages.h"
+#include "large_blocks.h"
 #include "parallel.h"
 
 #include <ATen/ops/empty_cpu_dispatch.h>
@@ -336,10 +336,11 @@ std::tuple<Tensor, Tensor> drift_squares(const Tensor& gen, const Tensor& pos,
   return {at::tensor(squares, at::kDouble).to(weight.scalar_type()), balances};
 }
 
-Tensor drift_combined_force(const Tensor& gen, const Tensor& pos, const optional<Tensor>& neg,
-                            const Tensor& weight, const Tensor& distances, const Tensor& scale,
-                            at::ArrayRef<double> temperatures, const Tensor& balances,
-                            const Tensor& factors) {
+std::tuple<Tensor, Tensor> drift_combined_force(const Tensor& gen, const Tensor& pos,
+                                                const optional<Tensor>& neg, const Tensor& weight,
+                                                const Tensor& distances, const Tensor& scale,
+                                                at::ArrayRef<double> temperatures,
+                                                const Tensor& balances, const Tensor& factors) {
   const char* op = "drift_combined_force";
   check_drift_points(op, gen, pos, neg, weight);
   check_drift_statistics(op, gen, weight, distances, scale, temperatures);
@@ -348,6 +349,7 @@ Tensor drift_combined_force(const Tensor& gen, const Tensor& pos, const optional
   const Tensor values = factors.to(weight.scalar_type()).contiguous();
   Tensor own = balances.contiguous();
   const Tensor force = empty_large(gen.sizes(), weight.options());
+  std::vector<double> squares(gen.size(0));
   dispatch_floating(gen.scalar_type(), [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using acc_t = accumulate_t<scalar_t>;
@@ -356,10 +358,11 @@ Tensor drift_combined_force(const Tensor& gen, const Tensor& pos, const optional
     call.balances = own.mutable_data_ptr<acc_t>();
     call.factors = values.const_data_ptr<acc_t>();
     call.force = force.mutable_data_ptr<acc_t>();
+    call.squares = squares.data();
     each_problem(call, weight.options(),
                  [&](auto kernel, int64_t b, auto* memory) { kernel.combine(call, b, memory); });
   });
-  return force;
+  return {force, at::tensor(squares, at::kDouble).to(weight.scalar_type())};
 }
 
 // force[b] factor[b], of the dtype of the samples that the gradient belongs to.

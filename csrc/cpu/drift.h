@@ -169,7 +169,7 @@ struct DriftBatch : DriftPoints<scalar_t> {
   acc_t* balances = nullptr;       // [B, T, 3 N + M]: squares() leaves them to combine()
   const acc_t* factors = nullptr;  // [T]: of the temperatures in the sum
   acc_t* force = nullptr;          // [B, N, S]
-  double* squares = nullptr;       // [B, T]
+  double* squares = nullptr;       // [B, T]; combine: [B], of the sum
 };
 
 template <Isa isa, typename scalar_t>
@@ -185,7 +185,8 @@ struct DriftBatchKernel {
   // Sums of squares of the forces of every temperature, and their balances.
   static void squares(const DriftBatch<scalar_t>& call, int64_t b, acc_t* memory);
 
-  // The forces of all temperatures times their factors, summed: one product. Takes the balances.
+  // The forces of all temperatures times their factors, summed: one product. Takes the balances,
+  // gives the sum of squares.
   static void combine(const DriftBatch<scalar_t>& call, int64_t b, acc_t* memory);
 };
 

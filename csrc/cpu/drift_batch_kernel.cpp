@@ -250,6 +250,7 @@ void DriftBatchKernel<isa, scalar_t>::combine(const DriftBatch<scalar_t>& call, 
     }
   }
   acc_t* force = call.force + b * rows * features;
+  double square = 0;
   for (int64_t first = 0; first < features; first += width) {
     const int64_t columns = std::min(width, features - first);
     centred_stripe(call, b, first, problem.stripe);
@@ -258,9 +259,11 @@ void DriftBatchKernel<isa, scalar_t>::combine(const DriftBatch<scalar_t>& call, 
         __builtin_prefetch(force + r * features + first + s, 1, 2);
     }
     weighted_sums(rows, points, problem.coefficients, stride, problem.stripe, problem.sums);
+    square += sum_of_squares(problem.sums, rows * width);  // zeros in the padding
     for (int64_t r = 0; r < rows; ++r)
       std::copy_n(problem.sums + r * width, columns, force + r * features + first);
   }
+  call.squares[b] = square;
 }
 
 template struct DriftBatchKernel<Isa::DRIFTAR_ISA, float>;

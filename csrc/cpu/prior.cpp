@@ -2,7 +2,7 @@
 
 #include "../common/dispatch.h"
 #include "../common/prior_arguments.h"
-#include "huge_pages.h"
+#include "large_blocks.h"
 #include "parallel.h"
 
 #include <ATen/ops/empty_cpu_dispatch.h>

@@ -230,10 +230,11 @@ std::tuple<Tensor, Tensor> drift_squares(const Tensor& gen, const Tensor& pos,
   return {squares.to(at::kFloat), balances};
 }
 
-Tensor drift_combined_force(const Tensor& gen, const Tensor& pos, const optional<Tensor>& neg,
-                            const Tensor& weight, const Tensor& distances, const Tensor& scale,
-                            at::ArrayRef<double> temperatures, const Tensor& balances,
-                            const Tensor& factors) {
+std::tuple<Tensor, Tensor> drift_combined_force(const Tensor& gen, const Tensor& pos,
+                                                const optional<Tensor>& neg, const Tensor& weight,
+                                                const Tensor& distances, const Tensor& scale,
+                                                at::ArrayRef<double> temperatures,
+                                                const Tensor& balances, const Tensor& factors) {
   const char* op = "drift_combined_force";
   const Tensor kept = distances.contiguous(), given = balances.contiguous();
   Problem problem(op, gen, pos, neg, weight);
@@ -246,11 +247,11 @@ Tensor drift_combined_force(const Tensor& gen, const Tensor& pos, const optional
     problem.batch.factors = values.const_data_ptr<float>();
     problem.batch.force = force.mutable_data_ptr<float>();
     problem.check(launch_batch_force(problem.batch, problem.stream()));
-    return force;
+  } else {
+    Forces(problem, kept, given, true)
+        .run(0, values.const_data_ptr<float>(), force.mutable_data_ptr<float>(), nullptr);
   }
-  Forces(problem, kept, given, true)
-      .run(0, values.const_data_ptr<float>(), force.mutable_data_ptr<float>(), nullptr);
-  return force;
+  return {force, force.square().sum({1, 2}, /*keepdim=*/false, at::kDouble).to(at::kFloat)};
 }
 
 // force[b] factor[b], of the dtype of the samples that the gradient belongs to.
