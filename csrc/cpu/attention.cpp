@@ -136,9 +136,10 @@ struct PanelStorage {
 
   // Nothing, unless AMX has whole strips to multiply.
   template <typename scalar_t>
-  PanelStorage(AttentionForward<scalar_t>& call, const at::TensorOptions& options) {
+  PanelStorage(AttentionForward<scalar_t>& call, bool one_pass, const at::TensorOptions& options) {
     if constexpr (kHasAmx<scalar_t>) {
-      if (active_isa() != Isa::amx || call.blocking.rows * call.blocking.heads < kAmxRows) return;
+      if (one_pass || active_isa() != Isa::amx ||
+          call.blocking.rows * call.blocking.heads < kAmxRows) return;
       PackedPanels<scalar_t>& panels = call.panels;
       panels.split_key =
           call.entropy == EntropyKind::none ? 0 : std::min(call.entropy_from, call.key_length);
@@ -204,16 +205,18 @@ ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Te
     call.blocking = map ? map_blocking(call) : QueryBlocking{};
     const bool one_pass = call.blocking.rows > 0;
     if (!one_pass) call.blocking = query_blocking(call, thread_count());
-    const PanelStorage panels(call, query.options());
+    const PanelStorage panels(call, one_pass, query.options());
     const QueryBlocking& blocking = call.blocking;
     const int64_t tasks =
         one_pass ? call.batch * blocking.row_blocks
                  : call.batch * call.key_heads * blocking.head_blocks * blocking.row_blocks;
     const int64_t map_tasks =
         map && !one_pass ? call.batch * blocks(call.query_length, kMapQueryBlock) : 0;
-    const int64_t slot_size = one_pass ? map_forward_scratch(call)
-                                       : std::max(forward_scratch(call, forward_key_block(call)),
-                                                  map ? map_entropy_scratch(call) : int64_t{0});
+    const int64_t slot_size =
+        one_pass ? map_forward_scratch(call)
+                 : std::max(forward_scratch(call, blocking.rows * blocking.heads,
+                                            forward_key_block(call)),
+                            map ? map_entropy_scratch(call) : int64_t{0});
     // A small call does not pay for scratch of threads that have nothing to do.
     const int64_t most_tasks = std::max({tasks, map_tasks, panels.tasks});
     const Tensor scratch =

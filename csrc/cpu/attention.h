@@ -126,13 +126,13 @@ constexpr int64_t kBackwardKeyBlock = 128;
 constexpr int64_t kMaxGemmRows = 8;
 // Rows that AMX takes together. Blocks of fewer are bound by reading the keys.
 constexpr int64_t kAmxRows = 32;
-// The entropy of the head-averaged map holds one tile of every head at once.
+// Of long rows, the entropy of the head-averaged map holds one tile of every head at once.
 constexpr int64_t kMapQueryBlock = 64;
 constexpr int64_t kMapKeyBlock = 64;
 constexpr int64_t kMapTile = kMapQueryBlock * kMapKeyBlock;
 static_assert(kMapQueryBlock <= kBackwardQueryBlock);
-// One pass makes that map where rows are at most so long and a few rows of every head, so many
-// scores in all, stay in the L2 cache.
+// One pass makes that map where rows are at most so long and a group of queries of every head, so
+// many scores in all, stays in the L2 cache.
 constexpr int64_t kMapKeptKeys = 1024;
 constexpr int64_t kMapKept = 3 << 17;
 
@@ -174,9 +174,10 @@ QueryBlocking map_blocking(const AttentionShape<scalar_t>& shape) {
   QueryBlocking result{};
   const int64_t stride = whole_panels<scalar_t>(shape.key_length);
   if (stride > kMapKeptKeys) return result;
+  constexpr int64_t group = 2 * padding<accumulate_t<scalar_t>>;
   const int64_t most = std::min(kMapKept / (shape.query_heads * stride), kMapQueryBlock);
-  result.rows = std::min(shape.query_length, most / kMaxGemmRows * kMaxGemmRows);
-  result.heads = kQueryBlock / kMapQueryBlock;
+  result.rows = std::min(shape.query_length, most / group * group);
+  result.heads = 1;
   result.row_blocks = result.rows == 0 ? 0 : blocks(shape.query_length, result.rows);
   return result;
 }
@@ -187,27 +188,35 @@ int64_t amx_slack(const AttentionShape<scalar_t>& shape) {
   return shape.panels.keys == nullptr ? 0 : kAmxRows;
 }
 
+// `rows` in groups of which any instruction set fills two vectors, with one more.
+template <typename scalar_t>
+int64_t whole_groups_and_one(int64_t rows) {
+  constexpr int64_t group = 2 * padding<accumulate_t<scalar_t>>;
+  return (blocks(rows, group) + 1) * group;
+}
+
 // Scratch of one thread, in elements of the accumulation type.
 template <typename scalar_t>
-int64_t forward_scratch(const AttentionForward<scalar_t>& call, int64_t keys) {
+int64_t forward_scratch(const AttentionForward<scalar_t>& call, int64_t rows, int64_t keys) {
   using acc_t = accumulate_t<scalar_t>;
+  constexpr int64_t lanes = padding<acc_t>, group = 2 * lanes;
   const int64_t width = padded<acc_t>(call.width), value_width = padded<acc_t>(call.value_width);
   // AMX writes whole strips, and the weights of one a second time, rounded.
   const bool amx = call.panels.keys != nullptr;
-  const int64_t rows = call.blocking.rows * call.blocking.heads + amx_slack(call);
-  const int64_t strip_rows = amx ? kAmxRows + kAmxRows / 2 : kMaxGemmRows;
+  const bool selected = call.visibility.mask != nullptr || call.visibility.ancestors != nullptr;
+  const int64_t written = whole_groups_and_one<scalar_t>(rows + amx_slack(call));
   const int64_t loaded = rows * width + keys * (width + value_width);
-  const int64_t statistics = 2 * rows * padding<acc_t>;
-  return loaded + keys * width + rows * value_width + statistics + strip_rows * keys;
+  const int64_t packed = std::max(written, 4 * kMaxGemmRows) * width;
+  const int64_t statistics = std::max(8 * written, 2 * rows * lanes);
+  const int64_t strip_rows = amx ? kAmxRows + kAmxRows / 2 : selected ? 3 * group : group;
+  return loaded + packed + written * value_width + statistics + strip_rows * (keys + lanes);
 }
 
 template <typename scalar_t>
 int64_t map_forward_scratch(const AttentionForward<scalar_t>& call) {
-  using acc_t = accumulate_t<scalar_t>;
-  const int64_t stride = whole_panels<scalar_t>(call.key_length);
-  const int64_t rows = call.query_heads * call.blocking.rows;
-  return (rows + amx_slack(call)) * stride + padded<acc_t>(rows) + stride +
-         forward_scratch(call, stride);
+  const int64_t stride = whole_panels<scalar_t>(call.key_length), rows = call.blocking.rows;
+  const int64_t kept = call.query_heads * whole_groups_and_one<scalar_t>(rows);
+  return kept * (stride + 2) + forward_scratch(call, rows, stride);
 }
 
 template <typename scalar_t>

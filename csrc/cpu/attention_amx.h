@@ -4,7 +4,7 @@
 // share, weights rounded to bf16, sums in fp32. Only for kernel files compiled with AMX.
 
 #include "amx.h"
-#include "attention_products.h"
+#include "attention_tile.h"
 
 namespace driftar::cpu {
 namespace {
@@ -44,7 +44,7 @@ struct AmxProducts {
     }
   }
 
-  void load(const Tile& next, int64_t) {
+  void load(const Tile& next) {
     tile = next;
     const PackedPanels<scalar_t>& panels = shape.panels;
     const int64_t head = block.b * shape.key_heads + block.key_head();
@@ -75,8 +75,6 @@ struct AmxProducts {
       }
     }
   }
-
-  void prefetch_keys(int64_t) const {}  // the panels lie in the order of their use
 
   void multiply_values(const Strip& strip, const float* exponentials, float* out,
                        int64_t out_stride) const {

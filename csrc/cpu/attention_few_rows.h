@@ -1,7 +1,7 @@
 #pragma once
 
-// Scores of few queries with keys as they lie: packing the keys, as matrix products want them,
-// costs as much as so few rows save. Only for kernel files.
+// Few queries with keys as they lie: their scores have a row each, since lanes of a vector would stay
+// idle. Only for kernel files.
 
 #include "attention_tile.h"
 
@@ -202,6 +202,67 @@ class FewQueries {
   int64_t rows_ = 0, width_ = 0;
   T factor_{};
   T* spread_ = nullptr;
+};
+
+// How a block of at most kFewRows queries, one strip, meets a tile of keys and values.
+template <typename scalar_t>
+struct FewProducts {
+  using acc_t = accumulate_t<scalar_t>;
+  static constexpr int64_t strip_rows = kFewRows<acc_t>;
+  // Rows of memory that the products write for `rows` rows of scores or of out.
+  static constexpr int64_t written_rows(int64_t rows) { return rows; }
+
+  const QueryBlock<scalar_t>& block;
+  const AttentionShape<scalar_t>& shape;
+  int64_t key_block, width, value_width;
+  bool fetches;  // the fewest queries only wait for memory, which nobody needs to ask for
+  acc_t *key_buffer, *value_buffer;
+  FewQueries<acc_t> queries{};
+  Rows<acc_t> keys{}, values{};
+  bool guarded = false;
+
+  FewProducts(const QueryBlock<scalar_t>& query_block, int64_t keys_per_tile,
+              Scratch<acc_t>& scratch)
+      : block(query_block),
+        shape(query_block.shape),
+        key_block(keys_per_tile),
+        width(whole_vectors<acc_t>(shape.width)),
+        value_width(whole_vectors<acc_t>(shape.value_width)),
+        fetches(block.count() > kDotRows) {
+    acc_t* query_buffer = scratch.take(block.count() * padded<acc_t>(shape.width));
+    key_buffer = scratch.take(key_block * padded<acc_t>(shape.width));
+    value_buffer = scratch.take(key_block * padded<acc_t>(shape.value_width));
+    queries = {block.load(shape.query, shape.width, query_buffer), block.count(), width,
+               shape.scale, scratch.take(4 * block.count() * padded<acc_t>(shape.width))};
+  }
+
+  void load(const Tile& tile) {
+    keys = load_rows(shape.key, block.b, block.key_head(), tile.column, tile.columns, shape.width,
+                     key_buffer);
+    values = load_rows(shape.value, block.b, block.key_head(), tile.column, tile.columns,
+                       shape.value_width, value_buffer);
+    guarded = is_partial(block, tile) && !all_finite(values, tile.columns, value_width);
+  }
+
+  // scores = scale queries keys^T, rows key_block apart.
+  void multiply_keys(const Strip& strip, acc_t* scores) const {
+    const int64_t step = fetches ? kFewColumns : strip.columns;
+    for (int64_t c = 0; c < strip.columns; c += step) {
+      const int64_t count = std::min(step, strip.columns - c);
+      if (fetches) {
+        prefetch(values.from(c), count, value_width);
+        prefetch(keys.from(c + key_block), count, width);
+      }
+      queries.multiply(count, keys.from(c), scores + c, key_block);
+    }
+  }
+
+  // out += weights values
+  void multiply_values(const Strip& strip, const acc_t* weights, acc_t* out,
+                       int64_t out_stride) const {
+    accumulate(strip.rows, value_width, strip.columns, {weights, key_block, 1}, values, guarded,
+               out, out_stride);
+  }
 };
 
 }  // namespace

@@ -3,44 +3,17 @@
 // One block of queries through all its keys: out and the statistics of every row. Only for kernel
 // files.
 
-#include "attention_products.h"
+#include "attention_columns.h"
+#include "attention_few_rows.h"
+#include "attention_statistics.h"
 #if defined(__AMX_BF16__)
 #include "attention_amx.h"
 #endif
 
-#include <cmath>
 #include <vector>
 
 namespace driftar::cpu {
 namespace {
-
-// |E_i| without a mask: visible keys from entropy_from on.
-template <typename scalar_t>
-int64_t support_size(const AttentionShape<scalar_t>& shape, int64_t b, int64_t i) {
-  const Visibility& v = shape.visibility;
-  const int64_t from = shape.entropy_from;
-  if (v.ancestors == nullptr) return std::max<int64_t>(visible_end(shape, b, i) - from, 0);
-  const int64_t prefix = v.key_length[b];
-  const uint64_t* related = ancestor_row(shape, b, i);
-  int64_t count = std::max<int64_t>(prefix - from, 0);
-  for (int64_t node = std::max<int64_t>(from - prefix, 0); node <= i; ++node) {
-    count += is_ancestor(related, node);
-  }
-  return count;
-}
-
-template <typename acc_t>
-int64_t count_visible(const acc_t* row, int64_t columns) {
-  int64_t count = 0;
-  for (int64_t c = 0; c < columns; ++c) count += row[c] != kHidden<acc_t>;
-  return count;
-}
-
-template <typename acc_t>
-acc_t entropy_norm(int64_t support, bool normalize) {
-  if (support <= 1) return acc_t(0);
-  return normalize ? acc_t(1) / std::log(static_cast<acc_t>(support)) : acc_t(1);
-}
 
 // SoftmaxStatistics of every row of a block, with the sums spread over the lanes of a vector.
 template <typename T>
@@ -85,21 +58,13 @@ struct BlockStatistics {
   }
 };
 
-// Where a block leaves exp(score - maximum over E) of the keys of E, which then form one tile.
-template <typename T>
-struct KeptScores {
-  T* scores;  // [rows, stride], set where the query sees the key; null: not kept
-  int64_t stride;
-  T* inverses;  // [rows]: 1 / sum over E of what is kept, 0 for an empty row
-};
-
 template <typename Products, typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
 void forward_block_by(const AttentionForward<scalar_t>& call, const QueryBlock<scalar_t>& block,
-                      KeptScores<acc_t> kept, acc_t* memory) {
+                      acc_t* memory) {
   const int64_t rows = block.count();
   const int64_t value_width = whole_vectors<acc_t>(call.value_width);
   const int64_t out_stride = padded<acc_t>(call.value_width);
-  const int64_t key_block = kept.scores != nullptr ? kept.stride : forward_key_block(call);
+  const int64_t key_block = forward_key_block(call);
 
   Scratch<acc_t> scratch{memory};
   Products products(block, key_block, scratch);
@@ -116,25 +81,23 @@ void forward_block_by(const AttentionForward<scalar_t>& call, const QueryBlock<s
   const bool counts = wants_entropy && call.visibility.mask != nullptr;
   std::vector<int64_t> support(counts ? rows : 0);
 
-  const auto absorb_keys = [&](int64_t first, int64_t last, bool keep) {
+  const auto absorb_keys = [&](int64_t first, int64_t last) {
     for (int64_t column = first; column < last; column += key_block) {
       const Tile tile{column, std::min(key_block, last - column)};
-      products.load(tile, last);
+      products.load(tile);
       for_each_strip(block, tile, Products::strip_rows, [&](const Strip& strip) {
-        acc_t* strip_scores = keep ? kept.scores + strip.first * key_block : scores;
-        products.multiply_keys(strip, strip_scores);
-        hide_keys(block, tile, strip, strip_scores, key_block);
+        products.multiply_keys(strip, scores);
+        hide_keys(block, tile, strip, scores, key_block);
         for (int64_t r = 0; r < strip.rows; ++r) {
-          acc_t* row_scores = strip_scores + r * key_block;
+          acc_t* row_scores = scores + r * key_block;
           acc_t* row_out = out + (strip.first + r) * out_stride;
-          products.prefetch_keys(strip.first + r);
           if (counts && column >= call.entropy_from) {
             support[strip.first + r] += count_visible(row_scores, strip.columns);
           }
           statistics.absorb(strip.first + r, row_scores, whole_vectors<acc_t>(strip.columns),
                             row_out, value_width);
         }
-        products.multiply_values(strip, strip_scores, out + strip.first * out_stride, out_stride);
+        products.multiply_values(strip, scores, out + strip.first * out_stride, out_stride);
       });
     }
   };
@@ -142,51 +105,36 @@ void forward_block_by(const AttentionForward<scalar_t>& call, const QueryBlock<s
   // The keys that count for the entropy come first: their statistics are those of all keys so far.
   const int64_t end = visible_end(call, block.b, block.row + block.rows - 1);
   const int64_t from = wants_entropy ? std::min(call.entropy_from, end) : 0;
-  absorb_keys(from, end, kept.scores != nullptr);
+  absorb_keys(from, end);
   std::vector<SoftmaxStatistics<acc_t>> counted(from > 0 ? rows : 0);
   for (size_t r = 0; r < counted.size(); ++r) counted[r] = statistics.row(r);
-  absorb_keys(0, from, false);
+  absorb_keys(0, from);
 
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t i = block.index(r);
     const SoftmaxStatistics<acc_t> all = statistics.row(r);
-    const acc_t inverse = all.empty() ? acc_t(0) : acc_t(1) / all.total;
-    scalar_t* target = call.out + i * call.value_width;
-    for (int64_t c = 0; c < call.value_width; ++c) {
-      target[c] = static_cast<scalar_t>(out[r * out_stride + c] * inverse);
-    }
-    call.lse[i] = all.lse();
-    call.max_score[i] = all.maximum;
-    if (!wants_entropy) continue;
-    const SoftmaxStatistics<acc_t> in_entropy = from > 0 ? counted[r] : all;
-    call.entropy_lse[i] = in_entropy.lse();
-    if (kept.scores != nullptr) {
-      kept.inverses[r] = in_entropy.empty() ? acc_t(0) : acc_t(1) / in_entropy.total;
-    }
-    const int64_t size = counts ? support[r] : support_size(call, block.b, block.query_of(r));
-    if (call.entropy == EntropyKind::map) {
-      // Support per head, for the second pass to reduce.
-      call.entropy_cross[i] = static_cast<acc_t>(size);
-      continue;
-    }
-    const acc_t norm = entropy_norm<acc_t>(size, call.normalize);
-    const acc_t entropy = in_entropy.entropy();
-    call.entropy_norm[i] = norm;
-    call.entropy_cross[i] = -entropy;
-    call.entropy_out[i] = entropy * norm;
+    const int64_t size = counts          ? support[r]
+                         : wants_entropy ? support_size(call, block.b, block.query_of(r))
+                                         : 0;
+    store_row(call, block, r,
+              row_result(all, from > 0 ? counted[r] : all, size, call.normalize),
+              out + r * out_stride);
   }
 }
 
 template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
 void forward_block(const AttentionForward<scalar_t>& call, const QueryBlock<scalar_t>& block,
-                   KeptScores<acc_t> kept, acc_t* memory) {
+                   acc_t* memory) {
 #if defined(__AMX_BF16__)
   if (call.panels.keys != nullptr) {
-    forward_block_by<AmxProducts>(call, block, kept, memory);
+    forward_block_by<AmxProducts>(call, block, memory);
     return;
   }
 #endif
-  forward_block_by<VectorProducts<scalar_t>>(call, block, kept, memory);
+  if (block.count() <= kFewRows<acc_t>) {
+    forward_block_by<FewProducts<scalar_t>>(call, block, memory);
+  } else {
+    forward_columns(call, block, forward_key_block(call), KeptScores<acc_t>{}, memory);
+  }
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ void AttentionKernel<isa, scalar_t>::forward(const AttentionForward<scalar_t>& c
                                    std::min(blocking.heads, group - head_in_group),
                                    row,
                                    std::min(blocking.rows, call.query_length - row)};
-  forward_block(call, block, KeptScores<acc_t>{}, memory);
+  forward_block(call, block, memory);
 }
 
 }  // namespace driftar::cpu

@@ -1,4 +1,6 @@
-#include "attention_forward_block.h"
+#include "attention_columns.h"
+
+#include <type_traits>
 
 namespace driftar::cpu {
 
@@ -35,6 +37,46 @@ void store_map_entropy(const AttentionForward<scalar_t>& call, int64_t b, int64_
   call.entropy_out[index] = (sum != sum ? sum : entropy) * call.entropy_norm[index];
 }
 
+// crosses[h, lane] = sum_j e_hj log pbar_j for a group of queries, pbar = sum_h share_h e_h their
+// average over the heads. Of every head, e [keys, kGroup] lie head_stride apart and the shares
+// share_stride. A few keys of all heads at a time are read twice, from the first-level cache.
+template <typename T>
+void cross_entropies(const T* e, int64_t head_stride, const T* shares, int64_t share_stride,
+                     int64_t heads, int64_t keys, T* crosses) {
+  using V = Vector<T>;
+  constexpr int64_t group = kGroup<T>, together = 8;
+  const V floor(std::numeric_limits<T>::min());
+  std::fill_n(crosses, heads * group, T(0));
+  const auto take = [&](int64_t j, auto number) {
+    constexpr int64_t count = decltype(number)::value;
+    for (int64_t lane = 0; lane < group; lane += V::size()) {
+      V average[count];
+      for (V& x : average) x = V(T(0));
+      const T* own = e + j * group + lane;
+      for (int64_t h = 0; h < heads; ++h, own += head_stride) {
+        const V share = V::loadu(shares + h * share_stride + lane);
+#pragma GCC unroll 8
+        for (int64_t k = 0; k < count; ++k) {
+          average[k] = at::vec::fmadd(V::loadu(own + k * group), share, average[k]);
+        }
+      }
+      for (V& x : average) x = at::vec::maximum(x, floor).log();
+      own = e + j * group + lane;
+      for (int64_t h = 0; h < heads; ++h, own += head_stride) {
+        V cross = V::loadu(crosses + h * group + lane);
+#pragma GCC unroll 8
+        for (int64_t k = 0; k < count; ++k) {
+          cross = at::vec::fmadd(V::loadu(own + k * group), average[k], cross);
+        }
+        cross.store(crosses + h * group + lane);
+      }
+    }
+  };
+  int64_t j = 0;
+  for (; j + together <= keys; j += together) take(j, std::integral_constant<int64_t, together>{});
+  for (; j < keys; ++j) take(j, std::integral_constant<int64_t, 1>{});
+}
+
 }  // namespace
 
 template <Isa isa, typename scalar_t>
@@ -43,41 +85,37 @@ void AttentionKernel<isa, scalar_t>::map_forward(const AttentionForward<scalar_t
   const int64_t row_blocks = call.blocking.row_blocks;
   const int64_t row = task % row_blocks * call.blocking.rows, b = task / row_blocks;
   const int64_t rows = std::min(call.blocking.rows, call.query_length - row);
-  const int64_t heads = call.query_heads, group = heads / call.key_heads;
+  const int64_t heads = call.query_heads;
   const int64_t stride = whole_panels<scalar_t>(call.key_length);
 
+  constexpr int64_t group_rows = kGroup<acc_t>;
+  const int64_t padded_rows = whole_groups<acc_t>(rows), of_head = padded_rows * stride;
   Scratch<acc_t> scratch{memory};
-  acc_t* kept = scratch.take((heads * rows + amx_slack(call)) * stride);
-  acc_t* inverses = scratch.take(heads * rows);
-  acc_t* logarithms = scratch.take(stride);
-  for (int64_t head = 0; head < heads;) {
-    const int64_t together = std::min(call.blocking.heads, group - head % group);
-    forward_block(call, QueryBlock<scalar_t>{call, b, head, together, row, rows},
-                  {kept + head * rows * stride, stride, inverses + head * rows}, scratch.next);
-    head += together;
+  acc_t* kept = scratch.take(heads * of_head);
+  acc_t* shares = scratch.take(heads * padded_rows);  // of a probability in the average
+  acc_t* crosses = scratch.take(heads * group_rows);
+  for (int64_t h = 0; h < heads; ++h) {
+    acc_t* own = shares + h * padded_rows;
+    std::fill_n(own, padded_rows, acc_t(0));
+    forward_columns(call, QueryBlock<scalar_t>{call, b, h, 1, row, rows}, stride,
+                    KeptScores<acc_t>{kept + h * of_head, stride, own}, scratch.next);
+    for (int64_t r = 0; r < rows; ++r) own[r] /= static_cast<acc_t>(heads);
   }
-
-  const acc_t share = acc_t(1) / static_cast<acc_t>(heads);
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t i = row + r;
-    const int64_t count =
-        whole_vectors<acc_t>(std::max<int64_t>(visible_end(call, b, i) - call.entropy_from, 0));
-    for (int64_t j = 0; j < count; j += Vector<acc_t>::size()) {
-      Vector<acc_t> sum(acc_t(0));
-      for (int64_t k = r; k < heads * rows; k += rows) {
-        sum = at::vec::fmadd(Vector<acc_t>::loadu(kept + k * stride + j),
-                             Vector<acc_t>(inverses[k] * share), sum);
+  for (int64_t first = 0; first < rows; first += group_rows) {
+    const int64_t last = std::min(first + group_rows, rows);
+    const int64_t end = visible_end(call, b, row + last - 1);
+    cross_entropies(kept + first * stride, of_head, shares + first, padded_rows, heads,
+                    std::max<int64_t>(end - call.entropy_from, 0), crosses);
+    for (int64_t r = first; r < last; ++r) {
+      const int64_t i = row + r;
+      store_map_norm(call, b, i);
+      acc_t* of_row = of_heads(call, call.entropy_cross, b, i);
+      for (int64_t h = 0; h < heads; ++h) {
+        const acc_t weight = shares[h * padded_rows + r] * static_cast<acc_t>(heads);
+        of_row[h * call.query_length] = crosses[h * group_rows + r - first] * weight;
       }
-      sum.store(logarithms + j);
+      store_map_entropy(call, b, i);
     }
-    row_logarithm(logarithms, count);
-    store_map_norm(call, b, i);
-    acc_t* crosses = of_heads(call, call.entropy_cross, b, i);
-    for (int64_t h = 0; h < heads; ++h) {
-      const int64_t k = h * rows + r;
-      crosses[h * call.query_length] = inverses[k] * row_dot(kept + k * stride, logarithms, count);
-    }
-    store_map_entropy(call, b, i);
   }
 }
 

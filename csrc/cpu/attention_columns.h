@@ -1,0 +1,340 @@
+#pragma once
+
+// Blocks of many queries with transposed scores: a vector holds what neighbouring queries give one
+// key. Keys are then the left operand of the first product as they lie, and every query keeps its
+// statistics in a lane of its own; only the queries are packed. Only for kernel files.
+
+#include "attention_statistics.h"
+#include "attention_tile.h"
+
+#include <vector>
+
+namespace driftar::cpu {
+namespace {
+
+// Queries of a group, two vectors of lanes.
+template <typename T>
+constexpr int64_t kGroup = kGemmColumns<T>;
+
+template <typename T>
+constexpr int64_t whole_groups(int64_t rows) {
+  return (rows + kGroup<T> - 1) / kGroup<T> * kGroup<T>;
+}
+
+// SoftmaxStatistics of a block's queries, and the factor by which a tile shrank what came before.
+template <typename T>
+struct LaneStatistics {
+  int64_t lanes;  // rows in whole groups
+  T *maximum, *total, *moment, *factor;
+
+  LaneStatistics(int64_t rows, Scratch<T>& scratch)
+      : lanes(whole_groups<T>(rows)),
+        maximum(scratch.take(4 * lanes)),
+        total(maximum + lanes),
+        moment(total + lanes),
+        factor(moment + lanes) {
+    std::fill_n(maximum, lanes, kHidden<T>);
+    std::fill_n(total, 2 * lanes, T(0));
+  }
+
+  void copy(const LaneStatistics& other) { std::copy_n(other.maximum, 4 * lanes, maximum); }
+};
+
+// RowResult of a group of queries, a lane each.
+template <typename T>
+struct GroupResult {
+  alignas(64) T maximum[kGroup<T>], lse[kGroup<T>], inverse[kGroup<T>];
+  alignas(64) T entropy_lse[kGroup<T>], entropy[kGroup<T>], size[kGroup<T>], norm[kGroup<T>];
+  alignas(64) T entropy_inverse[kGroup<T>];  // of the sum over E
+
+  GroupResult(const LaneStatistics<T>& all, const LaneStatistics<T>& in_entropy, int64_t first,
+              const int64_t* sizes, bool normalize) {
+    using V = Vector<T>;
+    const V zero(T(0)), one(T(1));
+    std::copy_n(sizes, kGroup<T>, size);
+    for (int64_t lane = 0; lane < kGroup<T>; lane += V::size()) {
+      finish(all, first + lane, maximum + lane, lse + lane, inverse + lane);
+      T entropy_maximum[V::size()];
+      finish(in_entropy, first + lane, entropy_maximum, entropy_lse + lane, entropy_inverse + lane);
+      const V total = V::loadu(in_entropy.total + first + lane);
+      const V mean = V::loadu(in_entropy.moment + first + lane) / total;
+      V::blendv(total.log() - mean, zero, V::loadu(entropy_inverse + lane) == zero)
+          .store(entropy + lane);
+      const V support = V::loadu(size + lane);
+      V::blendv(normalize ? one / support.log() : one, zero, support <= one).store(norm + lane);
+    }
+  }
+
+  RowResult<T> row(int64_t lane) const {
+    return {maximum[lane], lse[lane],  inverse[lane], entropy_lse[lane],
+            entropy[lane], size[lane], norm[lane]};
+  }
+
+ private:
+  static void finish(const LaneStatistics<T>& statistics, int64_t lane, T* maximum, T* lse,
+                     T* inverse) {
+    using V = Vector<T>;
+    const V none(kHidden<T>), largest = V::loadu(statistics.maximum + lane);
+    const V total = V::loadu(statistics.total + lane);
+    largest.store(maximum);
+    V::blendv(largest + total.log(), none, largest == none).store(lse);
+    V::blendv(V(T(1)) / total, V(T(0)), largest == none).store(inverse);
+  }
+};
+
+// Lane-wise maxima of `keys` rows of scores, kGroup apart; NaN wins.
+template <int64_t VECTORS, typename T>
+void column_maxima(const T* scores, int64_t keys, Vector<T> (&best)[VECTORS]) {
+  using V = Vector<T>;
+  V other[VECTORS];  // every second key, since each maximum waits for the one before
+  for (int64_t v = 0; v < VECTORS; ++v) best[v] = other[v] = V(kHidden<T>);
+  int64_t j = 0;
+  for (; j + 2 <= keys; j += 2) {
+#pragma GCC unroll 2
+    for (int64_t v = 0; v < VECTORS; ++v) {
+      const T* own = scores + j * kGroup<T> + v * V::size();
+      best[v] = at::vec::maximum(best[v], V::loadu(own));
+      other[v] = at::vec::maximum(other[v], V::loadu(own + kGroup<T>));
+    }
+  }
+  for (int64_t v = 0; v < VECTORS; ++v) {
+    if (j < keys) {
+      best[v] = at::vec::maximum(best[v], V::loadu(scores + j * kGroup<T> + v * V::size()));
+    }
+    best[v] = at::vec::maximum(best[v], other[v]);
+  }
+}
+
+// SoftmaxStatistics::raise for a vector of queries; sets their factors.
+template <typename T>
+void raise_maxima(const LaneStatistics<T>& statistics, int64_t lane, Vector<T> maximum) {
+  using V = Vector<T>;
+  const V none(kHidden<T>), zero(T(0));
+  const V before = V::loadu(statistics.maximum + lane);
+  const V difference = before - maximum;
+  const V factor = V::blendv(exponential(difference), zero, before == none);
+  const V moved = V::blendv(factor * difference, zero, factor == zero);
+  const V total = V::loadu(statistics.total + lane);
+  const V moment = factor * V::loadu(statistics.moment + lane);
+  at::vec::fmadd(moved, total, moment).store(statistics.moment + lane);
+  (factor * total).store(statistics.total + lane);
+  factor.store(statistics.factor + lane);
+  maximum.store(statistics.maximum + lane);
+}
+
+// Scores become exp(score - maximum), which the statistics take in; moments only where asked for.
+template <int64_t VECTORS, bool MOMENTS, typename T>
+void absorb_columns(const LaneStatistics<T>& statistics, int64_t lane, T* scores, int64_t keys) {
+  using V = Vector<T>;
+  constexpr int64_t together = 4 / VECTORS;  // keys
+  const V none(kHidden<T>), least(std::numeric_limits<T>::lowest());
+  V shift[VECTORS], totals[together][VECTORS], moments[together][VECTORS];
+  for (int64_t v = 0; v < VECTORS; ++v) {
+    const V maximum = V::loadu(statistics.maximum + lane + v * V::size());
+    shift[v] = V::blendv(maximum, V(T(0)), maximum == none);
+    for (int64_t k = 0; k < together; ++k) totals[k][v] = moments[k][v] = V(T(0));
+  }
+  const auto take = [&](int64_t j, int64_t k) {
+#pragma GCC unroll 2
+    for (int64_t v = 0; v < VECTORS; ++v) {
+      T* own = scores + j * kGroup<T> + v * V::size();
+      const V exponent = V::loadu(own) - shift[v];
+      const V e = exponential(exponent);
+      totals[k][v] = totals[k][v] + e;
+      if constexpr (MOMENTS) {
+        // Clamped, which keeps 0 * -inf out.
+        moments[k][v] = at::vec::fmadd(e, at::vec::clamp_min(exponent, least), moments[k][v]);
+      }
+      e.store(own);
+    }
+  };
+  int64_t j = 0;
+  for (; j + together <= keys; j += together) {
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < together; ++k) take(j + k, k);
+  }
+  for (; j < keys; ++j) take(j, 0);
+  for (int64_t v = 0; v < VECTORS; ++v) {
+    T* total = statistics.total + lane + v * V::size();
+    T* moment = statistics.moment + lane + v * V::size();
+    for (int64_t k = 1; k < together; ++k) {
+      totals[0][v] = totals[0][v] + totals[k][v], moments[0][v] = moments[0][v] + moments[k][v];
+    }
+    (V::loadu(total) + totals[0][v]).store(total);
+    (V::loadu(moment) + moments[0][v]).store(moment);
+  }
+}
+
+// Takes a group's scores of one tile through the softmax; `out` [rows, out_stride], its sums of
+// values so far, shrinks where a maximum rises.
+template <int64_t VECTORS, typename T>
+void softmax_columns(const LaneStatistics<T>& statistics, int64_t lane, int64_t rows, T* scores,
+                     int64_t keys, bool moments, T* out, int64_t out_stride, int64_t out_width) {
+  using V = Vector<T>;
+  V best[VECTORS];
+  column_maxima<VECTORS>(scores, keys, best);
+  bool rises = false;
+  for (int64_t v = 0; v < VECTORS; ++v) {
+    rises |= (best[v] <= V::loadu(statistics.maximum + lane + v * V::size())).zero_mask() != 0;
+  }
+  if (rises) {
+    for (int64_t v = 0; v < VECTORS; ++v) {
+      const int64_t first = lane + v * V::size();
+      raise_maxima(statistics, first,
+                   at::vec::maximum(best[v], V::loadu(statistics.maximum + first)));
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const T factor = statistics.factor[lane + r];
+      if (factor == T(1)) continue;
+      T* row = out + r * out_stride;
+      for (int64_t c = 0; c < out_width; c += V::size()) {
+        (V::loadu(row + c) * V(factor)).store(row + c);
+      }
+    }
+  }
+  moments ? absorb_columns<VECTORS, true>(statistics, lane, scores, keys)
+          : absorb_columns<VECTORS, false>(statistics, lane, scores, keys);
+}
+
+// Transposed scores become -inf where a key is hidden from its query. `bias` holds two tiles.
+template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
+void hide_columns(const QueryBlock<scalar_t>& block, const Tile& tile, const Strip& strip,
+                  acc_t* scores, acc_t* bias) {
+  using V = Vector<acc_t>;
+  constexpr int64_t group = kGroup<acc_t>;
+  if (!strip.partial) return;
+  const AttentionShape<scalar_t>& shape = block.shape;
+  const V none(kHidden<acc_t>);
+  if (shape.visibility.mask == nullptr && shape.visibility.ancestors == nullptr) {
+    // Query i sees the first seen[i] keys of the tile.
+    alignas(64) acc_t seen[group];
+    int64_t least = strip.columns;
+    std::fill_n(seen, group, static_cast<acc_t>(strip.columns));
+    for (int64_t r = 0; r < strip.rows; ++r) {
+      const int64_t end = visible_end(shape, block.b, block.query_of(strip.first + r));
+      const int64_t count = std::clamp<int64_t>(end - tile.column, 0, strip.columns);
+      seen[r] = static_cast<acc_t>(count);
+      least = std::min(least, count);
+    }
+    for (int64_t j = least; j < strip.columns; ++j) {
+      for (int64_t lane = 0; lane < group; lane += V::size()) {
+        acc_t* own = scores + j * group + lane;
+        V::blendv(V::loadu(own), none, V::loadu(seen + lane) <= V(static_cast<acc_t>(j)))
+            .store(own);
+      }
+    }
+    return;
+  }
+  const int64_t stride = whole_vectors<acc_t>(strip.columns);
+  acc_t* turned = bias + group * stride;
+  std::fill_n(bias, group * stride, acc_t(0));
+  hide_keys(block, tile, strip, bias, stride);
+  for (int64_t j = 0; j < stride; j += V::size()) {
+    for (int64_t lane = 0; lane < group; lane += V::size()) {
+      transpose_square(bias + lane * stride + j, stride, acc_t(1), turned + j * group + lane,
+                       group);
+    }
+  }
+  for (int64_t i = 0; i < strip.columns * group; i += V::size()) {
+    const V change = V::loadu(turned + i);
+    // Selected rather than added, so that NaN stays hidden.
+    V::blendv(V::loadu(scores + i) + change, none, change == none).store(scores + i);
+  }
+}
+
+// Adds, for every query of a strip, the keys of transposed scores that it sees.
+template <typename T>
+void count_columns(const T* scores, const Strip& strip, int64_t* support) {
+  for (int64_t j = 0; j < strip.columns; ++j) {
+    const T* own = scores + j * kGroup<T>;
+    for (int64_t r = 0; r < strip.rows; ++r) support[r] += own[r] != kHidden<T>;
+  }
+}
+
+// Where a block leaves exp(score - maximum over E) of the keys of E, which then form one tile.
+template <typename T>
+struct KeptScores {
+  T* scores;  // [groups, stride, kGroup], set up to the last key that a query of the group sees;
+              // null: not kept
+  int64_t stride;
+  T* inverses;  // [rows]: 1 / sum over E of what is kept, 0 for an empty row
+};
+
+// Out and the statistics of a block.
+template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
+void forward_columns(const AttentionForward<scalar_t>& call, const QueryBlock<scalar_t>& block,
+                     int64_t key_block, KeptScores<acc_t> kept, acc_t* memory) {
+  constexpr int64_t group = kGroup<acc_t>, lanes = Vector<acc_t>::size();
+  const int64_t rows = block.count();
+  const int64_t value_width = whole_vectors<acc_t>(call.value_width);
+  const int64_t out_stride = padded<acc_t>(call.value_width);
+
+  Scratch<acc_t> scratch{memory};
+  acc_t* query_buffer = scratch.take(rows * padded<acc_t>(call.width));
+  acc_t* key_buffer = scratch.take(key_block * padded<acc_t>(call.width));
+  acc_t* value_buffer = scratch.take(key_block * out_stride);
+  acc_t* packed = scratch.take(whole_groups<acc_t>(rows) * call.width);
+  acc_t* out = scratch.take(rows * out_stride);
+  const LaneStatistics<acc_t> statistics(rows, scratch);
+  LaneStatistics<acc_t> in_entropy(rows, scratch);
+  acc_t* tile_scores = scratch.take(group * key_block);
+  acc_t* bias = scratch.next;
+  std::fill_n(out, rows * out_stride, acc_t(0));
+  pack_transposed(block.load(call.query, call.width, query_buffer), rows, call.width, call.scale,
+                  packed);
+
+  const bool wants_entropy = call.entropy != EntropyKind::none;
+  const bool counts = wants_entropy && call.visibility.mask != nullptr;
+  std::vector<int64_t> support(counts ? rows : 0);
+
+  const auto absorb_keys = [&](int64_t first, int64_t last, bool keep) {
+    for (int64_t column = first; column < last; column += key_block) {
+      const Tile tile{column, std::min(key_block, last - column)};
+      const Rows<acc_t> keys = load_rows(call.key, block.b, block.key_head(), column, tile.columns,
+                                         call.width, key_buffer);
+      const Rows<acc_t> values = load_rows(call.value, block.b, block.key_head(), column,
+                                           tile.columns, call.value_width, value_buffer);
+      const bool guarded =
+          is_partial(block, tile) && !all_finite(values, tile.columns, value_width);
+      const bool counted = wants_entropy && column >= call.entropy_from;
+      for_each_strip(block, tile, group, [&](const Strip& strip) {
+        acc_t* scores = keep ? kept.scores + strip.first * kept.stride : tile_scores;
+        const bool narrow = strip.rows <= lanes;
+        multiply(strip.columns, narrow ? lanes : group, call.width, acc_t(1),
+                 Strided<acc_t>{keys.data, keys.stride, 1},
+                 in_place(packed + strip.first * call.width, group), acc_t(0), scores, group);
+        hide_columns(block, tile, strip, scores, bias);
+        if (counts && counted) count_columns(scores, strip, support.data() + strip.first);
+        acc_t* strip_out = out + strip.first * out_stride;
+        (narrow ? softmax_columns<1, acc_t> : softmax_columns<2, acc_t>)(
+            statistics, strip.first, strip.rows, scores, strip.columns,
+            counted && call.entropy == EntropyKind::head, strip_out, out_stride, value_width);
+        accumulate(strip.rows, value_width, strip.columns, Strided<acc_t>{scores, 1, group},
+                   values, guarded, strip_out, out_stride);
+      });
+    }
+  };
+
+  // The keys that count for the entropy come first: their statistics are those of all keys so far.
+  const int64_t end = visible_end(call, block.b, block.row + block.rows - 1);
+  const int64_t from = wants_entropy ? std::min(call.entropy_from, end) : 0;
+  absorb_keys(from, end, kept.scores != nullptr);
+  in_entropy.copy(statistics);
+  absorb_keys(0, from, false);
+
+  for (int64_t first = 0; first < rows; first += group) {
+    const int64_t last = std::min(first + group, rows);
+    int64_t sizes[group] = {};
+    for (int64_t r = first; wants_entropy && r < last; ++r) {
+      sizes[r - first] = counts ? support[r] : support_size(call, block.b, block.query_of(r));
+    }
+    const GroupResult<acc_t> result(statistics, in_entropy, first, sizes, call.normalize);
+    for (int64_t r = first; r < last; ++r) {
+      store_row(call, block, r, result.row(r - first), out + r * out_stride);
+    }
+    if (kept.scores != nullptr) std::copy_n(result.entropy_inverse, last - first, kept.inverses + first);
+  }
+}
+
+}  // namespace
+}  // namespace driftar::cpu
