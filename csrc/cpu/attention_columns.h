@@ -196,10 +196,11 @@ void softmax_columns(const LaneStatistics<T>& statistics, int64_t lane, int64_t 
           : absorb_columns<VECTORS, false>(statistics, lane, scores, keys);
 }
 
-// Transposed scores become -inf where a key is hidden from its query. `bias` holds two tiles.
+// Transposed scores become -inf where a key is hidden from its query. `bias` holds two tiles. Of a
+// masked call, adds the keys that each query sees to `support` unless null.
 template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
 void hide_columns(const QueryBlock<scalar_t>& block, const Tile& tile, const Strip& strip,
-                  acc_t* scores, acc_t* bias) {
+                  acc_t* scores, acc_t* bias, int64_t* support) {
   using V = Vector<acc_t>;
   constexpr int64_t group = kGroup<acc_t>;
   if (!strip.partial) return;
@@ -229,6 +230,9 @@ void hide_columns(const QueryBlock<scalar_t>& block, const Tile& tile, const Str
   acc_t* turned = bias + group * stride;
   std::fill_n(bias, group * stride, acc_t(0));
   hide_keys(block, tile, strip, bias, stride);
+  for (int64_t r = 0; support != nullptr && r < strip.rows; ++r) {
+    support[r] += count_visible(bias + r * stride, strip.columns);
+  }
   for (int64_t j = 0; j < stride; j += V::size()) {
     for (int64_t lane = 0; lane < group; lane += V::size()) {
       transpose_square(bias + lane * stride + j, stride, acc_t(1), turned + j * group + lane,
@@ -239,15 +243,6 @@ void hide_columns(const QueryBlock<scalar_t>& block, const Tile& tile, const Str
     const V change = V::loadu(turned + i);
     // Selected rather than added, so that NaN stays hidden.
     V::blendv(V::loadu(scores + i) + change, none, change == none).store(scores + i);
-  }
-}
-
-// Adds, for every query of a strip, the keys of transposed scores that it sees.
-template <typename T>
-void count_columns(const T* scores, const Strip& strip, int64_t* support) {
-  for (int64_t j = 0; j < strip.columns; ++j) {
-    const T* own = scores + j * kGroup<T>;
-    for (int64_t r = 0; r < strip.rows; ++r) support[r] += own[r] != kHidden<T>;
   }
 }
 
@@ -303,8 +298,8 @@ void forward_columns(const AttentionForward<scalar_t>& call, const QueryBlock<sc
         multiply(strip.columns, narrow ? lanes : group, call.width, acc_t(1),
                  Strided<acc_t>{keys.data, keys.stride, 1},
                  in_place(packed + strip.first * call.width, group), acc_t(0), scores, group);
-        hide_columns(block, tile, strip, scores, bias);
-        if (counts && counted) count_columns(scores, strip, support.data() + strip.first);
+        hide_columns(block, tile, strip, scores, bias,
+                     counts && counted ? support.data() + strip.first : nullptr);
         acc_t* strip_out = out + strip.first * out_stride;
         (narrow ? softmax_columns<1, acc_t> : softmax_columns<2, acc_t>)(
             statistics, strip.first, strip.rows, scores, strip.columns,

@@ -26,8 +26,9 @@ int64_t support_size(const AttentionShape<scalar_t>& shape, int64_t b, int64_t i
 
 template <typename acc_t>
 int64_t count_visible(const acc_t* row, int64_t columns) {
-  int64_t count = 0;
-  for (int64_t c = 0; c < columns; ++c) count += row[c] != kHidden<acc_t>;
+  int32_t count = 0;  // as wide as fp32, which vectors like
+#pragma omp simd reduction(+ : count)
+  for (int32_t c = 0; c < static_cast<int32_t>(columns); ++c) count += row[c] != kHidden<acc_t>;
   return count;
 }
 

@@ -170,19 +170,24 @@ void apply_mask(const Visibility& v, int64_t b, int64_t h, int64_t i, int64_t co
                 int64_t columns, acc_t* scores) {
   const int64_t start =
       b * v.mask_batch + h * v.mask_head + i * v.mask_row + column * v.mask_column;
-  if (v.mask_is_bool) {
-    const bool* mask = static_cast<const bool*>(v.mask) + start;
-    for (int64_t c = 0; c < columns; ++c) {
-      scores[c] = mask[c * v.mask_column] ? scores[c] : kHidden<acc_t>;
+  const auto apply = [&](int64_t step) {
+    if (v.mask_is_bool) {
+      const uint8_t* mask = static_cast<const uint8_t*>(v.mask) + start;
+#pragma omp simd
+      for (int64_t c = 0; c < columns; ++c) {
+        scores[c] = mask[c * step] != 0 ? scores[c] : kHidden<acc_t>;
+      }
+      return;
     }
-    return;
-  }
-  const acc_t* mask = static_cast<const acc_t*>(v.mask) + start;
-  for (int64_t c = 0; c < columns; ++c) {
-    const acc_t bias = mask[c * v.mask_column];
-    // Selected rather than added, so that NaN stays hidden.
-    scores[c] = bias == kHidden<acc_t> ? bias : scores[c] + bias;
-  }
+    const acc_t* mask = static_cast<const acc_t*>(v.mask) + start;
+#pragma omp simd
+    for (int64_t c = 0; c < columns; ++c) {
+      const acc_t bias = mask[c * step];
+      // Selected rather than added, so that NaN stays hidden.
+      scores[c] = bias == kHidden<acc_t> ? bias : scores[c] + bias;
+    }
+  };
+  v.mask_column == 1 ? apply(1) : apply(v.mask_column);  // the first one in vectors
 }
 
 // Asks for rows that will be read soon.
