@@ -1,6 +1,6 @@
 // The C library returns blocks of this size to the system as soon as they are freed. The next one
 // is then faulted in and cleared page by page, which takes longer than to fill it; on a virtual
-// machine whose host takes free pages back, many times as long (docs/ops/drift.md has figures).
+// machine whose host takes free pages back, many times as long (docs/memory.md has figures).
 
 #include "large_blocks.h"
 
