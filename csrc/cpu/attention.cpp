@@ -22,9 +22,13 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-// The dtypes whose kernels are also built for AMX.
+// The best instruction sets that the kernels of a dtype are built for: forward, and backward.
 template <typename scalar_t>
-constexpr bool kHasAmx = std::is_same_v<scalar_t, at::BFloat16>;
+constexpr bool kIsBf16 = std::is_same_v<scalar_t, at::BFloat16>;
+template <typename scalar_t>
+constexpr Isa kForwardIsa = kIsBf16<scalar_t> ? Isa::amx : Isa::avx512;
+template <typename scalar_t>
+constexpr Isa kBackwardIsa = kIsBf16<scalar_t> ? Isa::avx512_bf16 : Isa::avx512;
 
 template <typename T>
 Operand<const T> operand(const Tensor& x) {
@@ -136,7 +140,7 @@ struct PanelStorage {
   // Nothing, unless AMX has whole strips to multiply.
   template <typename scalar_t>
   PanelStorage(AttentionForward<scalar_t>& call, const at::TensorOptions& options) {
-    if constexpr (kHasAmx<scalar_t>) {
+    if constexpr (kForwardIsa<scalar_t> == Isa::amx) {
       if (active_isa() != Isa::amx || call.blocking.rows * call.blocking.heads < kAmxRows) return;
       PackedPanels<scalar_t>& panels = call.panels;
       panels.split_key =
@@ -218,7 +222,9 @@ ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Te
     const Tensor scratch =
         at::cpu::empty({std::min(thread_count(), most_tasks), slot_size}, statistics);
     acc_t* memory = scratch.mutable_data_ptr<acc_t>();
-    dispatch_isa<kHasAmx<scalar_t>>([&](auto isa) {
+    // Without panels there is nothing for tiles to multiply.
+    const Isa most = call.panels.keys == nullptr ? Isa::avx512_bf16 : Isa::amx;
+    const auto run = [&](auto isa) {
       using Kernel = AttentionKernel<decltype(isa)::value, scalar_t>;
       if constexpr (decltype(isa)::value == Isa::amx) {
         parallel_for(panels.tasks, [&](int64_t task, int64_t slot) {
@@ -231,7 +237,8 @@ ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Te
       parallel_for(map_tasks, [&](int64_t task, int64_t slot) {
         Kernel::map_entropy(call, task, memory + slot * slot_size);
       });
-    });
+    };
+    dispatch_isa<kForwardIsa<scalar_t>>(run, most);
   });
   return result;
 }
@@ -300,7 +307,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
     const int64_t slot_size = backward_scratch(call);
     const Tensor scratch = at::cpu::empty({thread_count(), slot_size}, statistics);
     acc_t* memory = scratch.mutable_data_ptr<acc_t>();
-    dispatch_isa([&](auto isa) {
+    dispatch_isa<kBackwardIsa<scalar_t>>([&](auto isa) {
       using Kernel = AttentionKernel<decltype(isa)::value, scalar_t>;
       const auto store = [&](int64_t unit, acc_t* gradients) {
         Kernel::store_queries(call, unit / units_per_sample, unit % units_per_sample * heads, heads,

@@ -192,13 +192,16 @@ template <typename scalar_t>
 int64_t forward_scratch(const AttentionForward<scalar_t>& call, int64_t keys) {
   using acc_t = accumulate_t<scalar_t>;
   const int64_t width = padded<acc_t>(call.width), value_width = padded<acc_t>(call.value_width);
-  // AMX writes whole strips, and the weights of one a second time, rounded.
+  // AMX writes whole strips.
   const bool amx = call.panels.keys != nullptr;
   const int64_t rows = call.blocking.rows * call.blocking.heads + amx_slack(call);
-  const int64_t strip_rows = amx ? kAmxRows + kAmxRows / 2 : kMaxGemmRows;
+  const int64_t strip_rows = amx ? kAmxRows : kMaxGemmRows;
+  // Products of bf16 also keep the weights of a strip, rounded, and packed values.
+  const bool is_short = sizeof(scalar_t) < sizeof(acc_t);
+  const int64_t rounded = is_short ? strip_rows * keys / 2 + keys * value_width : 0;
   const int64_t loaded = rows * width + keys * (width + value_width);
   const int64_t statistics = 2 * rows * padding<acc_t>;
-  return loaded + keys * width + rows * value_width + statistics + strip_rows * keys;
+  return loaded + keys * width + rows * value_width + statistics + strip_rows * keys + rounded;
 }
 
 template <typename scalar_t>

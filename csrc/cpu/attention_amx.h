@@ -4,7 +4,7 @@
 // share, weights rounded to bf16, sums in fp32. Only for kernel files compiled with AMX.
 
 #include "amx.h"
-#include "attention_products.h"
+#include "attention_bf16.h"
 
 namespace driftar::cpu {
 namespace {
@@ -86,23 +86,12 @@ struct AmxProducts {
       return;
     }
     for (int64_t r = 0; r < strip.rows; ++r) {
-      narrow(exponentials + r * key_block, strip.columns, weights + r * key_block);
+      narrow(exponentials + r * key_block, whole_vectors<float>(strip.columns),
+             weights + r * key_block);
     }
     multiply_tiles(tiles(strip.rows, kTileRows), value_width / kTileColumns,
                    tiles(strip.columns, kTileDepth), weights, key_block, values, /*add=*/true, out,
                    out_stride);
-  }
-
-  // Rounds a row of whole fp32 vectors; zeros fill it up to whole tiles.
-  static void narrow(const float* row, int64_t count, scalar_t* target) {
-    constexpr int64_t lanes = Vector<float>::size();
-    static_assert(2 * lanes == kTileDepth);
-    for (int64_t j = 0; j < count; j += kTileDepth) {
-      const auto low = Vector<float>::loadu(row + j);
-      const auto high =
-          j + lanes < count ? Vector<float>::loadu(row + j + lanes) : Vector<float>(0);
-      at::vec::convert_from_float<scalar_t>(low, high).store(target + j);
-    }
   }
 };
 

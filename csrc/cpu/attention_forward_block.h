@@ -3,9 +3,12 @@
 // One block of queries through all its keys: out and the statistics of every row. Only for kernel
 // files.
 
-#include "attention_products.h"
 #if defined(__AMX_BF16__)
 #include "attention_amx.h"
+#elif defined(__AVX512BF16__)
+#include "attention_pairs.h"
+#else
+#include "attention_products.h"
 #endif
 
 #include <cmath>
@@ -181,12 +184,12 @@ template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
 void forward_block(const AttentionForward<scalar_t>& call, const QueryBlock<scalar_t>& block,
                    KeptScores<acc_t> kept, acc_t* memory) {
 #if defined(__AMX_BF16__)
-  if (call.panels.keys != nullptr) {
-    forward_block_by<AmxProducts>(call, block, kept, memory);
-    return;
-  }
-#endif
+  forward_block_by<AmxProducts>(call, block, kept, memory);
+#elif defined(__AVX512BF16__)
+  forward_block_by<PairProducts>(call, block, kept, memory);
+#else
   forward_block_by<VectorProducts<scalar_t>>(call, block, kept, memory);
+#endif
 }
 
 }  // namespace

@@ -31,15 +31,6 @@ struct Scratch {
   }
 };
 
-template <typename T>
-struct Rows {
-  const T* data;
-  int64_t stride;
-
-  const T* at(int64_t r) const { return data + r * stride; }
-  Rows from(int64_t r) const { return {at(r), stride}; }
-};
-
 // `count` rows of one head from `first` on into `buffer`, whose rows are padded with zeros.
 template <typename scalar_t, typename acc_t>
 Rows<acc_t> copy_rows(const Operand<const scalar_t>& x, int64_t b, int64_t h, int64_t first,
@@ -63,12 +54,15 @@ Rows<acc_t> copy_rows(const Operand<const scalar_t>& x, int64_t b, int64_t h, in
   return {buffer, stride};
 }
 
-// The same, but in place where whole vectors can be read.
+// The same, but in place where whole vectors can be read, and 16-bit numbers as pairs.
 template <typename scalar_t, typename acc_t>
 Rows<acc_t> load_rows(const Operand<const scalar_t>& x, int64_t b, int64_t h, int64_t first,
                       int64_t count, int64_t width, acc_t* buffer) {
   if constexpr (std::is_same_v<scalar_t, acc_t>) {
-    if (x.column == 1 && width % Vector<acc_t>::size() == 0) return {x.at(b, h, first), x.row};
+    const bool paired = sizeof(acc_t) > 2 || x.row % 2 == 0;
+    if (x.column == 1 && width % Vector<acc_t>::size() == 0 && paired) {
+      return {x.at(b, h, first), x.row};
+    }
   }
   return copy_rows(x, b, h, first, count, width, buffer);
 }
@@ -91,15 +85,14 @@ struct QueryBlock {
   int64_t head_of(int64_t r) const { return heads == 1 ? head : head + r / rows; }
   int64_t query_of(int64_t r) const { return row + (heads == 1 ? r : r % rows); }
   // The block's rows of query or of the gradient of out.
-  Rows<accumulate_t<scalar_t>> load(const Operand<const scalar_t>& x, int64_t width,
-                                    accumulate_t<scalar_t>* buffer) const {
+  template <typename T>
+  Rows<T> load(const Operand<const scalar_t>& x, int64_t width, T* buffer) const {
     if (heads == 1 || x.head == rows * x.row) {
       return load_rows(x, b, head, row, count(), width, buffer);
     }
-    Rows<accumulate_t<scalar_t>> result{};
+    Rows<T> result{};
     for (int64_t h = heads - 1; h >= 0; --h) {
-      result = copy_rows(x, b, head + h, row, rows, width,
-                         buffer + h * rows * padded<accumulate_t<scalar_t>>(width));
+      result = copy_rows(x, b, head + h, row, rows, width, buffer + h * rows * padded<T>(width));
     }
     return result;
   }

@@ -1,0 +1,40 @@
+#pragma once
+
+// What products of bf16 share, on AMX tiles and on vectors. Only for kernel files.
+
+#include "attention_tile.h"
+
+#include <algorithm>
+#include <cstdint>
+
+namespace driftar::cpu {
+namespace {
+
+// Rounds a row of whole fp32 vectors; zeros fill it up to whole vectors of bf16.
+inline void narrow(const float* row, int64_t count, c10::BFloat16* target) {
+  constexpr int64_t lanes = Vector<float>::size();
+  for (int64_t j = 0; j < count; j += 2 * lanes) {
+    const auto low = Vector<float>::loadu(row + j);
+    const auto high = j + lanes < count ? Vector<float>::loadu(row + j + lanes) : Vector<float>(0);
+#if defined(__AVX512BF16__)
+    _mm512_storeu_si512(target + j, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+#else
+    at::vec::convert_from_float<c10::BFloat16>(low, high).store(target + j);
+#endif
+  }
+}
+
+inline bool all_finite(Rows<c10::BFloat16> rows, int64_t count, int64_t width) {
+  constexpr uint16_t exponent = 0x7f80;  // all ones: NaN or inf
+  uint16_t largest = 0;
+  for (int64_t r = 0; r < count; ++r) {
+    const c10::BFloat16* row = rows.at(r);
+    for (int64_t c = 0; c < width; ++c) {
+      largest = std::max<uint16_t>(largest, row[c].x & exponent);
+    }
+  }
+  return largest != exponent;
+}
+
+}  // namespace
+}  // namespace driftar::cpu
