@@ -191,14 +191,14 @@ int64_t amx_slack(const AttentionShape<scalar_t>& shape) {
 template <typename scalar_t>
 int64_t forward_scratch(const AttentionForward<scalar_t>& call, int64_t keys) {
   using acc_t = accumulate_t<scalar_t>;
-  const int64_t width = padded<acc_t>(call.width), value_width = padded<acc_t>(call.value_width);
-  // AMX writes whole strips.
+  // Rows are kept as they are where they multiply so, which pads them to more elements.
+  const int64_t width = padded<scalar_t>(call.width);
+  const int64_t value_width = padded<scalar_t>(call.value_width);
+  // AMX writes whole strips. Products of bf16 take the weights of one a second time, rounded.
   const bool amx = call.panels.keys != nullptr;
   const int64_t rows = call.blocking.rows * call.blocking.heads + amx_slack(call);
   const int64_t strip_rows = amx ? kAmxRows : kMaxGemmRows;
-  // Products of bf16 also keep the weights of a strip, rounded, and packed values.
-  const bool is_short = sizeof(scalar_t) < sizeof(acc_t);
-  const int64_t rounded = is_short ? strip_rows * keys / 2 + keys * value_width : 0;
+  const int64_t rounded = sizeof(scalar_t) < sizeof(acc_t) ? strip_rows * keys / 2 : 0;
   const int64_t loaded = rows * width + keys * (width + value_width);
   const int64_t statistics = 2 * rows * padding<acc_t>;
   return loaded + keys * width + rows * value_width + statistics + strip_rows * keys + rounded;
@@ -216,7 +216,7 @@ int64_t map_forward_scratch(const AttentionForward<scalar_t>& call) {
 template <typename scalar_t>
 int64_t map_entropy_scratch(const AttentionShape<scalar_t>& shape) {
   using acc_t = accumulate_t<scalar_t>;
-  const int64_t loaded = (kMapQueryBlock + kMapKeyBlock) * padded<acc_t>(shape.width);
+  const int64_t loaded = (kMapQueryBlock + kMapKeyBlock) * padded<scalar_t>(shape.width);
   return loaded + padded<acc_t>(kMapKeyBlock * shape.width) + (shape.query_heads + 1) * kMapTile;
 }
 
@@ -239,9 +239,12 @@ int64_t backward_scratch(const AttentionShape<scalar_t>& shape) {
   using acc_t = accumulate_t<scalar_t>;
   const bool map = shape.entropy == EntropyKind::map;
   const BackwardBlocks size(shape);
-  const int64_t width = padded<acc_t>(shape.width), value_width = padded<acc_t>(shape.value_width);
+  const int64_t width = padded<scalar_t>(shape.width);
+  const int64_t value_width = padded<scalar_t>(shape.value_width);
   const int64_t loaded = size.queries * (width + value_width) + size.keys * value_width;
-  const int64_t tiles = ((map ? shape.query_heads : 1) + 2) * size.tile();
+  // Products of bf16 take probabilities and gradients of scores a second time, rounded.
+  const int64_t rounded = sizeof(scalar_t) < sizeof(acc_t) ? 2 : 0;
+  const int64_t tiles = ((map ? shape.query_heads : 1) + 2 + rounded) * size.tile();
   const int64_t part = 3 * size.keys * width + 2 * size.keys * value_width;
   return loaded + tiles + (map ? shape.key_heads : 1) * part;
 }

@@ -11,10 +11,6 @@
 namespace driftar::cpu {
 namespace {
 
-// Whether queries carry the scale; pairs of bf16 stay as they are, and their scores are scaled.
-template <typename E>
-constexpr bool kScaledQueries = std::is_same_v<E, sum_t<E>>;
-
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 
 // Four rows of a vector become four vectors: the four lanes of every 128 bits, which were four
@@ -110,7 +106,7 @@ void quad_scores(int64_t columns, int64_t width, float factor, const E* spread, 
     for (int64_t i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 2
       for (int64_t q = 0; q < quads; ++q) {
-        if constexpr (!kScaledQueries<E>) sums[i][q] = sums[i][q] * V(factor);
+        if constexpr (kPaired<E>) sums[i][q] = sums[i][q] * V(factor);
         store_quad_sums(sums[i][q], scores + i * stride + j + 4 * q);
       }
     }
@@ -177,10 +173,10 @@ class FewQueries {
       : queries_(queries), rows_(rows), width_(width), factor_(factor), spread_(memory) {
     if constexpr (quads) {
       const auto scaled = [factor](E x) {
-        if constexpr (kScaledQueries<E>) {
-          return factor * x;
+        if constexpr (kPaired<E>) {
+          return x;  // as it is; the scores are scaled
         } else {
-          return x;
+          return factor * x;
         }
       };
       if (rows > kDotRows) spread_queries(queries, rows, width, scaled, memory);

@@ -5,8 +5,6 @@
 
 #if defined(__AMX_BF16__)
 #include "attention_amx.h"
-#elif defined(__AVX512BF16__)
-#include "attention_pairs.h"
 #else
 #include "attention_products.h"
 #endif
@@ -185,8 +183,6 @@ void forward_block(const AttentionForward<scalar_t>& call, const QueryBlock<scal
                    KeptScores<acc_t> kept, acc_t* memory) {
 #if defined(__AMX_BF16__)
   forward_block_by<AmxProducts>(call, block, kept, memory);
-#elif defined(__AVX512BF16__)
-  forward_block_by<PairProducts>(call, block, kept, memory);
 #else
   forward_block_by<VectorProducts<scalar_t>>(call, block, kept, memory);
 #endif

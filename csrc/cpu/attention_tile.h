@@ -29,6 +29,10 @@ struct Scratch {
     next += padded<T>(count);
     return piece;
   }
+  template <typename U>
+  U* take_as(int64_t count) {
+    return reinterpret_cast<U*>(take(blocks(count * sizeof(U), sizeof(T))));
+  }
 };
 
 // `count` rows of one head from `first` on into `buffer`, whose rows are padded with zeros.
@@ -65,12 +69,6 @@ Rows<acc_t> load_rows(const Operand<const scalar_t>& x, int64_t b, int64_t h, in
     }
   }
   return copy_rows(x, b, h, first, count, width, buffer);
-}
-
-// Rows as the transposed right operand of a product, times `factor`.
-template <typename T>
-Panels<T> pack_transposed(Rows<T> rows, int64_t count, int64_t width, T factor, T* packed) {
-  return pack(Strided<T>{rows.data, 1, rows.stride}, width, count, factor, packed);
 }
 
 // `rows` consecutive queries of each of `heads` neighbouring heads that share a key head, numbered
@@ -188,13 +186,14 @@ void prefetch(Rows<T> rows, int64_t count, int64_t width) {
   }
 }
 
-// The scores of a strip, up to the next whole vector; `keys` are packed and carry the scale.
-template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
-void score_products(const QueryBlock<scalar_t>& block, const Strip& strip, Rows<acc_t> queries,
-                    Panels<acc_t> keys, acc_t* scores, int64_t stride) {
-  multiply(strip.rows, whole_vectors<acc_t>(strip.columns), block.shape.width, acc_t(1),
-           Strided<acc_t>{queries.at(strip.first), queries.stride, 1}, keys, acc_t(0), scores,
-           stride);
+// The scores of a strip, up to the next whole vector; `keys` are packed and carry the scale, unless
+// they are pairs.
+template <typename scalar_t, typename E, typename acc_t = accumulate_t<scalar_t>>
+void score_products(const QueryBlock<scalar_t>& block, const Strip& strip, Rows<E> queries,
+                    Panels<E> keys, acc_t* scores, int64_t stride) {
+  multiply(strip.rows, whole_vectors<acc_t>(strip.columns), elements<E>(block.shape.width),
+           kPaired<E> ? block.shape.scale : acc_t(1),
+           Strided<E>{queries.at(strip.first), queries.stride, 1}, keys, acc_t(0), scores, stride);
 }
 
 // Scores become -inf where a key is hidden from its query and up to the next whole vector.
@@ -229,10 +228,10 @@ void hide_keys(const QueryBlock<scalar_t>& block, const Tile& tile, const Strip&
 
 // probabilities = exp(score - entropy_lse) of one head over keys that count for the entropy, 0
 // where hidden; average += probabilities / heads. Both are [rows, stride].
-template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
+template <typename scalar_t, typename E, typename acc_t = accumulate_t<scalar_t>>
 void map_probabilities(const QueryBlock<scalar_t>& block, const Tile& tile,
-                       const acc_t* entropy_lse, Rows<acc_t> queries, Panels<acc_t> keys,
-                       int64_t stride, acc_t* probabilities, acc_t* average) {
+                       const acc_t* entropy_lse, Rows<E> queries, Panels<E> keys, int64_t stride,
+                       acc_t* probabilities, acc_t* average) {
   const Vector<acc_t> share(acc_t(1) / static_cast<acc_t>(block.shape.query_heads));
   std::fill(probabilities, probabilities + block.rows * stride, acc_t(0));
   for_each_strip(block, tile, kGemmRows<acc_t>, [&](const Strip& strip) {
@@ -269,24 +268,6 @@ bool all_finite(Rows<T> rows, int64_t count, int64_t width) {
     }
   }
   return sum_of(sum) == T(0);
-}
-
-// target[m, n] += coefficients[m, k] rows[k, n]. `guarded`: coefficients that are 0 because a key
-// is hidden must not let a NaN or inf of `rows` through.
-template <typename T>
-void accumulate(int64_t m, int64_t n, int64_t k, Strided<T> coefficients, Rows<T> rows,
-                bool guarded, T* target, int64_t stride) {
-  if (!guarded) {
-    multiply(m, n, k, T(1), coefficients, in_place(rows.data, rows.stride), T(1), target, stride);
-    return;
-  }
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < k; ++j) {
-      const T coefficient = coefficients.data[i * coefficients.row + j * coefficients.column];
-      if (coefficient == T(0)) continue;
-      for (int64_t c = 0; c < n; ++c) target[i * stride + c] += coefficient * rows.at(j)[c];
-    }
-  }
 }
 
 }  // namespace

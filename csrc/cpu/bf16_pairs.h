@@ -3,7 +3,7 @@
 // Products of bf16 matrices with fp32 sums on the vectors of AVX512-BF16, which multiply two
 // neighbouring elements of the depth at once. Only for files compiled with it.
 
-#include "gemm.h"
+#include "bf16.h"
 
 #include <c10/util/BFloat16.h>
 
@@ -20,6 +20,7 @@ struct Bf16Pair {
 
 template <>
 struct Elements<Bf16Pair> {
+  static constexpr int64_t numbers = 2;
   using sum_t = float;
   using vector_t = Vector<float>;  // of 16 pairs
   static vector_t load(const Bf16Pair* x) { return _mm512_loadu_ps(x); }
@@ -58,12 +59,20 @@ inline Panels<Bf16Pair> pack_transposed(Rows<Bf16Pair> rows, int64_t count, int6
 
 // Element c of two rows as pair c, for a vector of each row.
 inline void interleave(__m512i even, __m512i odd, __m512i& low, __m512i& high) {
-  alignas(64) static constexpr uint16_t kOrder[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
-                                                      37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
-                                                      11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  const __m512i order = _mm512_load_si512(kOrder);
+  alignas(64) static constexpr uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                    37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                    11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i order = _mm512_load_si512(kLow);
   low = _mm512_permutex2var_epi16(even, order, odd);
   high = _mm512_permutex2var_epi16(even, _mm512_add_epi16(order, _mm512_set1_epi16(16)), odd);
+}
+
+// Lower half and upper half of a vector, interleaved.
+inline __m512i interleave_halves(__m512i halves) {
+  alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), halves);
 }
 
 // Pairs of neighbouring rows, `width` long in whole vectors, as the rows of a right operand: row p
@@ -84,6 +93,27 @@ inline Panels<Bf16Pair> pack_interleaved(Rows<c10::BFloat16> rows, int64_t count
     }
   }
   return in_place(packed, width);
+}
+
+// Rounds rows of whole fp32 vectors to rows of pairs of neighbours.
+inline void narrow_rows(Rows<float> rows, int64_t count, int64_t columns, Bf16Pair* target) {
+  for (int64_t r = 0; r < count; ++r) {
+    narrow(rows.at(r), columns, reinterpret_cast<c10::BFloat16*>(target + r * rows.stride / 2));
+  }
+}
+
+// Rounds rows of whole fp32 vectors and pairs neighbouring ones: row p of the target holds rows 2 p
+// and 2 p + 1, or zeros for one that is not there.
+inline void narrow_interleaved(Rows<float> rows, int64_t count, int64_t columns, Bf16Pair* target) {
+  for (int64_t r = 0; r < count; r += 2) {
+    Bf16Pair* pairs = target + r / 2 * rows.stride;
+    for (int64_t c = 0; c < columns; c += Vector<float>::size()) {
+      const __m512 even = _mm512_loadu_ps(rows.at(r) + c);
+      const __m512 odd = r + 1 < count ? _mm512_loadu_ps(rows.at(r + 1) + c) : _mm512_setzero_ps();
+      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+      _mm512_storeu_si512(pairs + c, interleave_halves(both));
+    }
+  }
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ namespace {
 // How elements E of two matrices multiply, and what their products are summed in.
 template <typename E>
 struct Elements {
+  static constexpr int64_t numbers = 1;  // neighbours in the depth that form an element
   using sum_t = E;
   using vector_t = Vector<E>;
   static vector_t load(const E* x) { return vector_t::loadu(x); }
@@ -25,6 +26,13 @@ struct Elements {
 };
 template <typename E>
 using sum_t = typename Elements<E>::sum_t;
+template <typename E>
+constexpr bool kPaired = Elements<E>::numbers == 2;
+// Elements that hold `count` numbers.
+template <typename E>
+constexpr int64_t elements(int64_t count) {
+  return (count + Elements<E>::numbers - 1) / Elements<E>::numbers;
+}
 
 // Register block: kGemmRows x (2 vectors) accumulators, two vectors of B and one broadcast of A fit
 // 32 (AVX-512) or 16 registers.

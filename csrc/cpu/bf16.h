@@ -1,8 +1,11 @@
 #pragma once
 
-// What products of bf16 share, on AMX tiles and on vectors. Only for kernel files.
+// Rows of bf16, as operands on AMX tiles and on vectors. Only for files compiled per instruction
+// set.
 
-#include "attention_tile.h"
+#include "gemm.h"
+
+#include <c10/util/BFloat16.h>
 
 #include <algorithm>
 #include <cstdint>
