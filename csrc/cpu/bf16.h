@@ -7,7 +7,6 @@
 
 #include <c10/util/BFloat16.h>
 
-#include <algorithm>
 #include <cstdint>
 
 namespace driftar::cpu {
@@ -27,16 +26,17 @@ inline void narrow(const float* row, int64_t count, c10::BFloat16* target) {
   }
 }
 
+// Rows are read in whole vectors.
 inline bool all_finite(Rows<c10::BFloat16> rows, int64_t count, int64_t width) {
-  constexpr uint16_t exponent = 0x7f80;  // all ones: NaN or inf
-  uint16_t largest = 0;
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);  // all ones: NaN or inf
+  __m512i largest = _mm512_setzero_si512();
   for (int64_t r = 0; r < count; ++r) {
-    const c10::BFloat16* row = rows.at(r);
-    for (int64_t c = 0; c < width; ++c) {
-      largest = std::max<uint16_t>(largest, row[c].x & exponent);
+    for (int64_t c = 0; c < width; c += Vector<c10::BFloat16>::size()) {
+      const __m512i row = _mm512_loadu_si512(rows.at(r) + c);
+      largest = _mm512_max_epu16(largest, _mm512_and_si512(row, exponent));
     }
   }
-  return largest != exponent;
+  return _mm512_cmpeq_epi16_mask(largest, exponent) == 0;
 }
 
 }  // namespace
