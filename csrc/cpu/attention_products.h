@@ -27,7 +27,8 @@ struct VectorProducts {
   const QueryBlock<scalar_t>& block;
   const AttentionShape<scalar_t>& shape;
   int64_t key_block, width, value_width;  // widths in whole vectors of what is stored
-  // Few queries are one strip; the fewest only wait for memory, which nobody needs to ask for.
+  // Few queries are one strip; the fewest in fp32 only wait for memory, which nobody needs to ask
+  // for.
   bool few, fetches, several_strips;
   stored_t *key_buffer, *value_buffer;
   element_t *packed_keys, *packed_values, *rounded;  // rounded: weights, [strip_rows, key_block]
@@ -46,7 +47,7 @@ struct VectorProducts {
         width(whole_vectors<stored_t>(shape.width)),
         value_width(whole_vectors<stored_t>(shape.value_width)),
         few(block.count() <= kFewRows<element_t>),
-        fetches(block.count() > kDotRows),
+        fetches(kPaired<element_t> || block.count() > kDotRows),
         several_strips(block.count() > strip_rows) {
     const int64_t stored_width = padded<stored_t>(shape.width);
     const int64_t stored_value_width = padded<stored_t>(shape.value_width);
