@@ -35,6 +35,41 @@ struct Scratch {
   }
 };
 
+// Asks for rows that will be read soon.
+template <typename T>
+void prefetch(Rows<T> rows, int64_t count, int64_t width) {
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t c = 0; c < width; c += padding<T>) {
+      __builtin_prefetch(rows.at(r) + c, /*rw=*/0, /*locality=*/2);
+    }
+  }
+}
+
+// Rows between one that is copied and one that is asked for meanwhile.
+constexpr int64_t kRowsAhead = 16;
+
+// A row, filled up with zeros to its padded width.
+template <typename T>
+void copy_row(const T* row, int64_t width, T* target) {
+  std::copy_n(row, width, target);
+  std::fill(target + width, target + padded<T>(width), T(0));
+}
+
+#if defined(CPU_CAPABILITY_AVX512)
+// GCC would call functions for so short rows.
+inline void copy_row(const c10::BFloat16* row, int64_t width, c10::BFloat16* target) {
+  constexpr int64_t lanes = padding<c10::BFloat16>;
+  int64_t c = 0;
+  for (; c + lanes <= width; c += lanes) {
+    _mm512_storeu_si512(target + c, _mm512_loadu_si512(row + c));
+  }
+  if (c < width) {
+    const __mmask32 present = 0xffffffffu >> (c + lanes - width);
+    _mm512_storeu_si512(target + c, _mm512_maskz_loadu_epi16(present, row + c));
+  }
+}
+#endif
+
 // `count` rows of one head from `first` on into `buffer`, whose rows are padded with zeros.
 template <typename scalar_t, typename acc_t>
 Rows<acc_t> copy_rows(const Operand<const scalar_t>& x, int64_t b, int64_t h, int64_t first,
@@ -44,9 +79,14 @@ Rows<acc_t> copy_rows(const Operand<const scalar_t>& x, int64_t b, int64_t h, in
   for (int64_t r = 0; r < count; ++r) {
     const scalar_t* row = source + r * x.row;
     acc_t* target = buffer + r * stride;
-    if (std::is_same_v<scalar_t, acc_t> && x.column == 1) {
-      std::copy_n(row, width, target);  // GCC copies 16-bit types one by one
-    } else if (x.column == 1) {
+    if constexpr (std::is_same_v<scalar_t, acc_t>) {
+      if (x.column == 1) {
+        prefetch(Rows<scalar_t>{row + kRowsAhead * x.row, 0}, 1, width);
+        copy_row(row, width, target);
+        continue;
+      }
+    }
+    if (x.column == 1) {
       for (int64_t c = 0; c < width; ++c) target[c] = static_cast<acc_t>(row[c]);
     } else if (x.column == 0) {  // expanded, as the gradient of a sum is
       std::fill(target, target + width, static_cast<acc_t>(row[0]));
@@ -173,16 +213,6 @@ void apply_mask(const Visibility& v, int64_t b, int64_t h, int64_t i, int64_t co
     const acc_t bias = mask[c * v.mask_column];
     // Selected rather than added, so that NaN stays hidden.
     scores[c] = bias == kHidden<acc_t> ? bias : scores[c] + bias;
-  }
-}
-
-// Asks for rows that will be read soon.
-template <typename T>
-void prefetch(Rows<T> rows, int64_t count, int64_t width) {
-  for (int64_t r = 0; r < count; ++r) {
-    for (int64_t c = 0; c < width; c += padding<T>) {
-      __builtin_prefetch(rows.at(r) + c, /*rw=*/0, /*locality=*/2);
-    }
   }
 }
 
