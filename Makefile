@@ -53,7 +53,7 @@ $(AMX_EMULATOR): tests/amx_emulator/emulator.cpp
 
 test-amx: $(VENV)/.ready $(AMX_EMULATOR)
 	LD_PRELOAD=$(AMX_EMULATOR) DRIFTAR_KERNELS_ISA=amx $(BIN)/python -m pytest -q -n auto \
-		-p no:faulthandler -k "amx or (cpu and bf16)" $(wildcard tests/driftar_kernels/test_attention*.py)
+		-p no:faulthandler -k "attention_bf16 or (cpu and bf16)" $(wildcard tests/driftar_kernels/test_attention*.py)
 
 # Triton comes with CUDA builds of PyTorch; elsewhere it is installed here.
 TRITON ?= triton==3.7.1

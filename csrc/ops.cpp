@@ -82,6 +82,9 @@ pybind11::dict build_info() {
 #ifdef DRIFTAR_HAS_AVX512
   built += std::string(" ") + driftar::cpu::isa_name(Isa::avx512);
 #endif
+#ifdef DRIFTAR_HAS_AVX512_BF16
+  built += std::string(" ") + driftar::cpu::isa_name(Isa::avx512_bf16);
+#endif
 #ifdef DRIFTAR_HAS_AMX
   built += std::string(" ") + driftar::cpu::isa_name(Isa::amx);
 #endif

@@ -23,9 +23,13 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-// The dtypes whose kernels are also built for AMX.
+// The best instruction sets that the kernels of a dtype are built for: forward, and the others.
 template <typename scalar_t>
-constexpr bool kHasAmx = std::is_same_v<scalar_t, at::BFloat16>;
+constexpr bool kIsBf16 = std::is_same_v<scalar_t, at::BFloat16>;
+template <typename scalar_t>
+constexpr Isa kTileIsa = kIsBf16<scalar_t> ? Isa::amx : Isa::avx512;
+template <typename scalar_t>
+constexpr Isa kVectorIsa = kIsBf16<scalar_t> ? Isa::avx512_bf16 : Isa::avx512;
 
 template <typename T>
 Operand<const T> operand(const Tensor& x) {
@@ -137,9 +141,11 @@ struct PanelStorage {
   // Nothing, unless AMX has whole strips to multiply.
   template <typename scalar_t>
   PanelStorage(AttentionForward<scalar_t>& call, bool one_pass, const at::TensorOptions& options) {
-    if constexpr (kHasAmx<scalar_t>) {
+    if constexpr (kTileIsa<scalar_t> == Isa::amx) {
       if (one_pass || active_isa() != Isa::amx ||
-          call.blocking.rows * call.blocking.heads < kAmxRows) return;
+          call.blocking.rows * call.blocking.heads < kAmxRows) {
+        return;
+      }
       PackedPanels<scalar_t>& panels = call.panels;
       panels.split_key =
           call.entropy == EntropyKind::none ? 0 : std::min(call.entropy_from, call.key_length);
@@ -222,7 +228,7 @@ ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Te
     const Tensor scratch =
         at::cpu::empty({std::min(thread_count(), most_tasks), slot_size}, statistics);
     acc_t* memory = scratch.mutable_data_ptr<acc_t>();
-    dispatch_isa<kHasAmx<scalar_t>>([&](auto isa) {
+    const auto forward = [&](auto isa) {
       using Kernel = AttentionKernel<decltype(isa)::value, scalar_t>;
       if constexpr (decltype(isa)::value == Isa::amx) {
         parallel_for(panels.tasks, [&](int64_t task, int64_t slot) {
@@ -230,12 +236,20 @@ ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Te
         });
       }
       parallel_for(tasks, [&](int64_t task, int64_t slot) {
-        (one_pass ? Kernel::map_forward : Kernel::forward)(call, task, memory + slot * slot_size);
+        Kernel::forward(call, task, memory + slot * slot_size);
       });
-      parallel_for(map_tasks, [&](int64_t task, int64_t slot) {
-        Kernel::map_entropy(call, task, memory + slot * slot_size);
+    };
+    const auto average = [&](auto isa) {
+      using Kernel = AttentionKernel<decltype(isa)::value, scalar_t>;
+      parallel_for(one_pass ? tasks : map_tasks, [&](int64_t task, int64_t slot) {
+        (one_pass ? Kernel::map_forward : Kernel::map_entropy)(call, task,
+                                                               memory + slot * slot_size);
       });
-    });
+    };
+    // Without panels there is nothing for tiles to multiply.
+    const Isa most = call.panels.keys == nullptr ? Isa::avx512_bf16 : Isa::amx;
+    if (!one_pass) dispatch_isa<kTileIsa<scalar_t>>(forward, most);
+    if (map) dispatch_isa<kVectorIsa<scalar_t>>(average);
   });
   return result;
 }
@@ -304,7 +318,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
     const int64_t slot_size = backward_scratch(call);
     const Tensor scratch = at::cpu::empty({thread_count(), slot_size}, statistics);
     acc_t* memory = scratch.mutable_data_ptr<acc_t>();
-    dispatch_isa([&](auto isa) {
+    dispatch_isa<kVectorIsa<scalar_t>>([&](auto isa) {
       using Kernel = AttentionKernel<decltype(isa)::value, scalar_t>;
       const auto store = [&](int64_t unit, acc_t* gradients) {
         Kernel::store_queries(call, unit / units_per_sample, unit % units_per_sample * heads, heads,

@@ -200,16 +200,19 @@ template <typename scalar_t>
 int64_t forward_scratch(const AttentionForward<scalar_t>& call, int64_t rows, int64_t keys) {
   using acc_t = accumulate_t<scalar_t>;
   constexpr int64_t lanes = padding<acc_t>, group = 2 * lanes;
-  const int64_t width = padded<acc_t>(call.width), value_width = padded<acc_t>(call.value_width);
-  // AMX writes whole strips, and the weights of one a second time, rounded.
-  const bool amx = call.panels.keys != nullptr;
+  // Rows are kept as they are where they multiply so, which pads them to more elements.
+  const int64_t width = padded<scalar_t>(call.width);
+  const int64_t value_width = padded<scalar_t>(call.value_width);
+  // AMX writes whole strips. Products of bf16 take values and weights a second time, in pairs.
+  const bool amx = call.panels.keys != nullptr, narrow = sizeof(scalar_t) < sizeof(acc_t);
   const bool selected = call.visibility.mask != nullptr || call.visibility.ancestors != nullptr;
   const int64_t written = whole_groups_and_one<scalar_t>(rows + amx_slack(call));
   const int64_t loaded = rows * width + keys * (width + value_width);
-  const int64_t packed = std::max(written, 4 * kMaxGemmRows) * width;
+  const int64_t packed = std::max(written, 4 * kMaxGemmRows) * width + keys * value_width;
   const int64_t statistics = std::max(8 * written, 2 * rows * lanes);
-  const int64_t strip_rows = amx ? kAmxRows + kAmxRows / 2 : selected ? 3 * group : group;
-  return loaded + packed + written * value_width + statistics + strip_rows * (keys + lanes);
+  const int64_t strip_rows = std::max(amx ? kAmxRows : 0, selected ? 3 * group : group);
+  return loaded + packed + written * value_width + statistics +
+         (strip_rows + (narrow ? group : 0)) * (keys + lanes);
 }
 
 template <typename scalar_t>
@@ -222,7 +225,7 @@ int64_t map_forward_scratch(const AttentionForward<scalar_t>& call) {
 template <typename scalar_t>
 int64_t map_entropy_scratch(const AttentionShape<scalar_t>& shape) {
   using acc_t = accumulate_t<scalar_t>;
-  const int64_t loaded = (kMapQueryBlock + kMapKeyBlock) * padded<acc_t>(shape.width);
+  const int64_t loaded = (kMapQueryBlock + kMapKeyBlock) * padded<scalar_t>(shape.width);
   return loaded + padded<acc_t>(kMapKeyBlock * shape.width) + (shape.query_heads + 1) * kMapTile;
 }
 
@@ -245,9 +248,12 @@ int64_t backward_scratch(const AttentionShape<scalar_t>& shape) {
   using acc_t = accumulate_t<scalar_t>;
   const bool map = shape.entropy == EntropyKind::map;
   const BackwardBlocks size(shape);
-  const int64_t width = padded<acc_t>(shape.width), value_width = padded<acc_t>(shape.value_width);
+  const int64_t width = padded<scalar_t>(shape.width);
+  const int64_t value_width = padded<scalar_t>(shape.value_width);
   const int64_t loaded = size.queries * (width + value_width) + size.keys * value_width;
-  const int64_t tiles = ((map ? shape.query_heads : 1) + 2) * size.tile();
+  // Products of bf16 take probabilities and gradients of scores a second time, rounded.
+  const int64_t rounded = sizeof(scalar_t) < sizeof(acc_t) ? 2 : 0;
+  const int64_t tiles = ((map ? shape.query_heads : 1) + 2 + rounded) * size.tile();
   const int64_t part = 3 * size.keys * width + 2 * size.keys * value_width;
   return loaded + tiles + (map ? shape.key_heads : 1) * part;
 }

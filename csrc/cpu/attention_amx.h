@@ -4,7 +4,8 @@
 // share, weights rounded to bf16, sums in fp32. Only for kernel files compiled with AMX.
 
 #include "amx.h"
-#include "attention_tile.h"
+#include "attention_operands.h"
+#include "bf16.h"
 
 namespace driftar::cpu {
 namespace {
@@ -22,7 +23,7 @@ struct AmxProducts {
   // [written rows, width] and [strip_rows, key_block]. Tiles take in rows behind those of the
   // block, whatever they hold: nobody reads what they give.
   scalar_t *queries, *weights;
-  float* value_buffer;
+  scalar_t* value_buffer;
   Tile tile{};
   TileOperand keys{}, values{};
   bool guarded = false;
@@ -35,9 +36,9 @@ struct AmxProducts {
         width(padded<scalar_t>(shape.width)),
         value_width(padded<float>(shape.value_width)) {
     const int64_t rows = written_rows(block.count());
-    queries = reinterpret_cast<scalar_t*>(scratch.take(rows * width / 2));
-    weights = reinterpret_cast<scalar_t*>(scratch.take(strip_rows * key_block / 2));
-    value_buffer = scratch.take(key_block * value_width);
+    queries = scratch.take_as<scalar_t>(rows * width);
+    weights = scratch.take_as<scalar_t>(strip_rows * key_block);
+    value_buffer = scratch.take_as<scalar_t>(key_block * padded<scalar_t>(shape.value_width));
     for (int64_t h = 0; h < block.heads; ++h) {
       copy_rows(shape.query, block.b, block.head + h, block.row, block.rows, shape.width,
                 queries + h * block.rows * width);
@@ -79,28 +80,18 @@ struct AmxProducts {
   void multiply_values(const Strip& strip, const float* exponentials, float* out,
                        int64_t out_stride) const {
     if (guarded) {
-      accumulate(strip.rows, value_width, strip.columns, {exponentials, key_block, 1},
-                 Rows<float>{value_buffer, value_width}, guarded, out, out_stride);
+      accumulate_seen(
+          strip.rows, value_width, strip.columns, Strided<float>{exponentials, key_block, 1},
+          Rows<scalar_t>{value_buffer, padded<scalar_t>(shape.value_width)}, out, out_stride);
       return;
     }
     for (int64_t r = 0; r < strip.rows; ++r) {
-      narrow(exponentials + r * key_block, strip.columns, weights + r * key_block);
+      narrow(exponentials + r * key_block, whole_vectors<float>(strip.columns),
+             weights + r * key_block);
     }
     multiply_tiles(tiles(strip.rows, kTileRows), value_width / kTileColumns,
                    tiles(strip.columns, kTileDepth), weights, key_block, values, /*add=*/true, out,
                    out_stride);
-  }
-
-  // Rounds a row of whole fp32 vectors; zeros fill it up to whole tiles.
-  static void narrow(const float* row, int64_t count, scalar_t* target) {
-    constexpr int64_t lanes = Vector<float>::size();
-    static_assert(2 * lanes == kTileDepth);
-    for (int64_t j = 0; j < count; j += kTileDepth) {
-      const auto low = Vector<float>::loadu(row + j);
-      const auto high =
-          j + lanes < count ? Vector<float>::loadu(row + j + lanes) : Vector<float>(0);
-      at::vec::convert_from_float<scalar_t>(low, high).store(target + j);
-    }
   }
 };
 

@@ -7,7 +7,7 @@
 // w_i is the gradient of the entropy times its norm (and 1 / heads for "map"). One exponential
 // serves p and q: p = q exp(entropy_lse - lse), a factor of at most 1.
 
-#include "attention_tile.h"
+#include "attention_operands.h"
 
 #include <cmath>
 #include <vector>
@@ -75,28 +75,42 @@ RowGradient<acc_t> row_gradient(const AttentionBackward<scalar_t>& call,
 }
 
 // One key head's part of a tile: operands, and the gradients that gather.
-template <typename T>
+template <typename scalar_t>
 struct KeyTile {
-  Rows<T> keys;
-  Panels<T> packed_keys, packed_values;
+  RightOperand<stored_type<scalar_t>, element_type<scalar_t>> keys;
+  Panels<element_type<scalar_t>> packed_keys, packed_values;
   bool finite;  // keys
-  T *grad_keys, *grad_values;
+  accumulate_t<scalar_t>*grad_keys, *grad_values;
 };
 
 // target[j, :] += sum_i coefficients[i, j] rows[i, :], for tiles of a block whose first rows may
 // see fewer keys: row i meets the keys below seen[i].
-template <typename T>
+template <typename T, typename E, typename stored_t>
 void accumulate_transposed(int64_t keys, int64_t width, int64_t queries, const int64_t* seen,
-                           const T* coefficients, int64_t stride, Rows<T> rows, bool guarded,
-                           T* target, int64_t target_stride) {
+                           const Coefficients<T, E>& coefficients,
+                           const RightOperand<stored_t, E>& rows, bool guarded, T* target,
+                           int64_t target_stride) {
+  static_assert(kGemmRows<T> % Elements<E>::numbers == 0);  // strips, whose rows see the same
   int64_t first = 0;
   for (int64_t key = 0; key < keys; key += kGemmRows<T>) {
     while (first < queries && seen[first] <= key) ++first;
     accumulate(std::min(kGemmRows<T>, keys - key), width, queries - first,
-               Strided<T>{coefficients + first * stride + key, 1, stride},
-               Rows<T>{rows.at(first), rows.stride}, guarded, target + key * target_stride,
-               target_stride);
+               coefficients.from(key, first), rows.from(first), guarded,
+               target + key * target_stride, target_stride);
   }
+}
+
+// <a, b>, b in steps of `step`.
+template <typename scalar_t>
+inline accumulate_t<scalar_t> dot(const scalar_t* a, const scalar_t* b, int64_t step,
+                                  int64_t count) {
+  using acc_t = accumulate_t<scalar_t>;
+  acc_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t c = 0; c < count; ++c) {
+    sum += static_cast<acc_t>(a[c]) * static_cast<acc_t>(b[c * step]);
+  }
+  return sum;
 }
 
 }  // namespace
@@ -109,12 +123,11 @@ void AttentionKernel<isa, scalar_t>::row_deltas(const AttentionBackward<scalar_t
     const int64_t index = task * call.query_length + i;
     const scalar_t* out = call.out + index * call.value_width;
     const scalar_t* grad = call.grad_out.at(b, h, i);
-    acc_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < call.value_width; ++c) {
-      sum += static_cast<acc_t>(out[c]) * static_cast<acc_t>(grad[c * call.grad_out.column]);
-    }
-    call.delta[index] = sum - call.grad_lse[index];
+    // Neighbours in memory in a loop of their own, which vectorises.
+    call.delta[index] =
+        (call.grad_out.column == 1 ? dot(out, grad, 1, call.value_width)
+                                   : dot(out, grad, call.grad_out.column, call.value_width)) -
+        call.grad_lse[index];
   }
 }
 
@@ -134,33 +147,58 @@ void AttentionKernel<isa, scalar_t>::backward(const AttentionBackward<scalar_t>&
   const BackwardBlocks size(call);
   const int64_t row_block = size.queries, key_block = size.keys;
   const int64_t width = whole_vectors<acc_t>(call.width);
-  const int64_t value_width = whole_vectors<acc_t>(call.value_width);
   const int64_t stride = padded<acc_t>(call.width);
   const int64_t value_stride = padded<acc_t>(call.value_width);
 
+  using stored_t = stored_type<scalar_t>;
+  using element_t = element_type<scalar_t>;
+  constexpr bool paired = kPaired<element_t>;
+  const int64_t stored_width = padded<stored_t>(call.width);
+  const int64_t stored_value_width = padded<stored_t>(call.value_width);
+
+  const auto take_stored = [](Scratch<acc_t>& from, int64_t count) {
+    return from.template take_as<stored_t>(count);
+  };
+  const auto take_elements = [](Scratch<acc_t>& from, int64_t count) {
+    return from.template take_as<element_t>(elements<element_t>(count));
+  };
   Scratch<acc_t> scratch{memory};
-  acc_t* query_buffer = scratch.take(row_block * stride);
-  acc_t* grad_out_buffer = scratch.take(row_block * value_stride);
-  acc_t* value_buffer = scratch.take(key_block * value_stride);
+  stored_t* query_buffer = take_stored(scratch, row_block * stored_width);
+  stored_t* grad_out_buffer = take_stored(scratch, row_block * stored_value_width);
+  stored_t* value_buffer = take_stored(scratch, key_block * stored_value_width);
+  // Queries and gradients of out as right operands; gradients of scores and probabilities, rounded.
+  element_t *packed_queries = nullptr, *packed_grad_out = nullptr;
+  element_t *rounded_rows = nullptr, *rounded_gradient = nullptr, *rounded_scores = nullptr;
+  if constexpr (paired) {
+    packed_queries = take_elements(scratch, row_block * stored_width);
+    packed_grad_out = take_elements(scratch, row_block * stored_value_width);
+    rounded_rows = take_elements(scratch, kGemmRows<acc_t> * key_block);
+    rounded_gradient = take_elements(scratch, size.tile());
+    rounded_scores = take_elements(scratch, size.tile());
+  }
   acc_t* scores = scratch.take(together * size.tile());
   acc_t* gradient = scratch.take(size.tile());
   acc_t* average = scratch.take(size.tile());
-  std::vector<KeyTile<acc_t>> parts(key_heads);
+  std::vector<KeyTile<scalar_t>> parts(key_heads);
 
   const auto load_keys = [&](const Tile& tile) {
     Scratch<acc_t> pieces = scratch;
     for (int64_t k = 0; k < key_heads; ++k) {
-      KeyTile<acc_t>& part = parts[k];
+      KeyTile<scalar_t>& part = parts[k];
       const int64_t head = first_key_head + k;
-      part.keys = load_rows(call.key, b, head, tile.column, tile.columns, call.width,
-                            pieces.take(key_block * stride));
-      const Rows<acc_t> values =
+      const Rows<stored_t> keys =
+          load_rows(call.key, b, head, tile.column, tile.columns, call.width,
+                    take_stored(pieces, key_block * stored_width));
+      const Rows<stored_t> values =
           load_rows(call.value, b, head, tile.column, tile.columns, call.value_width, value_buffer);
-      part.packed_keys = pack_transposed(part.keys, tile.columns, call.width, call.scale,
-                                         pieces.take(key_block * call.width));
-      part.packed_values = pack_transposed(values, tile.columns, call.value_width, acc_t(1),
-                                           pieces.take(key_block * call.value_width));
-      part.finite = all_finite(part.keys, tile.columns, width);
+      part.keys = right_operand(keys, tile.columns, call.width,
+                                paired ? take_elements(pieces, key_block * stored_width) : nullptr);
+      part.packed_keys = transposed_operand(keys, tile.columns, call.width, call.scale,
+                                            take_elements(pieces, key_block * stored_width));
+      part.packed_values =
+          transposed_operand(values, tile.columns, call.value_width, acc_t(1),
+                             take_elements(pieces, key_block * stored_value_width));
+      part.finite = all_finite(keys, tile.columns, width);
       part.grad_keys = pieces.take(key_block * stride);
       part.grad_values = pieces.take(key_block * value_stride);
       std::fill(part.grad_keys, part.grad_keys + tile.columns * stride, acc_t(0));
@@ -171,9 +209,10 @@ void AttentionKernel<isa, scalar_t>::backward(const AttentionBackward<scalar_t>&
   // Takes one head's block through a tile; its scores are q already when there is a map.
   const auto differentiate = [&](const QueryBlock<scalar_t>& block, const Tile& tile, bool counted,
                                  const acc_t* logarithms, acc_t* tile_scores) {
-    const KeyTile<acc_t>& part = parts[block.key_head() - first_key_head];
-    const Rows<acc_t> queries = block.load(call.query, call.width, query_buffer);
-    const Rows<acc_t> grad_out = block.load(call.grad_out, call.value_width, grad_out_buffer);
+    const KeyTile<scalar_t>& part = parts[block.key_head() - first_key_head];
+    const Rows<stored_t> queries = block.load(call.query, call.width, query_buffer);
+    const Rows<stored_t> grad_out = block.load(call.grad_out, call.value_width, grad_out_buffer);
+    const Rows<element_t> left_grad_out = left_operand(grad_out);
     const bool partial = is_partial(block, tile);
     acc_t* grad_query =
         grad_queries +
@@ -184,12 +223,13 @@ void AttentionKernel<isa, scalar_t>::backward(const AttentionBackward<scalar_t>&
       acc_t* strip_gradient = gradient + strip.first * key_block;
       const int64_t count = whole_vectors<acc_t>(strip.columns);
       if (logarithms == nullptr) {
-        score_products(block, strip, queries, part.packed_keys, strip_scores, key_block);
+        score_products(block, strip, left_operand(queries), part.packed_keys, strip_scores,
+                       key_block);
         hide_keys(block, tile, strip, strip_scores, key_block);
       }
-      multiply(strip.rows, count, call.value_width, acc_t(1),
-               Strided<acc_t>{grad_out.at(strip.first), grad_out.stride, 1}, part.packed_values,
-               acc_t(0), strip_gradient, key_block);
+      multiply(strip.rows, count, elements<element_t>(call.value_width), acc_t(1),
+               Strided<element_t>{left_grad_out.at(strip.first), left_grad_out.stride, 1},
+               part.packed_values, acc_t(0), strip_gradient, key_block);
       for (int64_t r = 0; r < strip.rows; ++r) {
         const RowGradient<acc_t> row = row_gradient(call, block, strip.first + r, counted);
         acc_t* row_scores = strip_scores + r * key_block;
@@ -201,22 +241,42 @@ void AttentionKernel<isa, scalar_t>::backward(const AttentionBackward<scalar_t>&
                        row_scores, row_gradient);
         }
         // The transposed products take a few keys beyond the last visible one.
-        const int64_t reach = std::min(strip.columns + kGemmRows<acc_t>, key_block);
+        const int64_t reach =
+            std::min(whole_vectors<acc_t>(strip.columns + kGemmRows<acc_t>), key_block);
         if (reach > count) {
           std::fill(row_scores + count, row_scores + reach, acc_t(0));
           std::fill(row_gradient + count, row_gradient + reach, acc_t(0));
         }
         seen[strip.first + r] = strip.columns;
       }
-      accumulate(strip.rows, width, strip.columns, {strip_gradient, key_block, 1}, part.keys,
-                 partial && !part.finite, grad_query + strip.first * stride, stride);
+      const Strided<acc_t> exact{strip_gradient, key_block, 1};
+      if constexpr (paired) {
+        const int64_t reach =
+            std::min(whole_vectors<acc_t>(strip.columns + kGemmRows<acc_t>), key_block);
+        narrow_rows({strip_gradient, key_block}, strip.rows, count, rounded_rows);
+        const int64_t first = strip.first / 2 * key_block;
+        narrow_interleaved({strip_gradient, key_block}, strip.rows, reach,
+                           rounded_gradient + first);
+        narrow_interleaved({strip_scores, key_block}, strip.rows, reach, rounded_scores + first);
+      }
+      accumulate(strip.rows, width, strip.columns,
+                 rounded_to(exact, rounded_rows, elements<element_t>(key_block), int64_t{1}),
+                 part.keys, partial && !part.finite, grad_query + strip.first * stride, stride);
     });
-    accumulate_transposed(tile.columns, width, block.rows, seen, gradient, key_block, queries,
-                          partial && !all_finite(queries, block.rows, width), part.grad_keys,
-                          stride);
-    accumulate_transposed(tile.columns, value_width, block.rows, seen, tile_scores, key_block,
-                          grad_out, partial && !all_finite(grad_out, block.rows, value_width),
-                          part.grad_values, value_stride);
+    const auto gather = [&](const acc_t* coefficients, element_t* rounded, Rows<stored_t> rows,
+                            int64_t row_width, element_t* packed, acc_t* target,
+                            int64_t target_stride) {
+      const int64_t columns = whole_vectors<acc_t>(row_width);
+      const Strided<acc_t> exact{coefficients, 1, key_block};
+      accumulate_transposed(tile.columns, columns, block.rows, seen,
+                            rounded_to(exact, rounded, int64_t{1}, key_block),
+                            right_operand(rows, block.rows, row_width, packed),
+                            partial && !all_finite(rows, block.rows, columns), target,
+                            target_stride);
+    };
+    gather(gradient, rounded_gradient, queries, call.width, packed_queries, part.grad_keys, stride);
+    gather(tile_scores, rounded_scores, grad_out, call.value_width, packed_grad_out,
+           part.grad_values, value_stride);
   };
 
   const auto process = [&](const Tile& tile, bool counted) {
@@ -233,7 +293,7 @@ void AttentionKernel<isa, scalar_t>::backward(const AttentionBackward<scalar_t>&
         for (int64_t k = 0; k < heads; ++k) {
           const QueryBlock<scalar_t> block = block_of(k);
           map_probabilities(block, tile, call.entropy_lse + block.index(0),
-                            block.load(call.query, call.width, query_buffer),
+                            left_operand(block.load(call.query, call.width, query_buffer)),
                             parts[k / group].packed_keys, key_block, scores + k * size.tile(),
                             average);
         }

@@ -4,8 +4,8 @@
 // key. Keys are then the left operand of the first product as they lie, and every query keeps its
 // statistics in a lane of its own; only the queries are packed. Only for kernel files.
 
+#include "attention_operands.h"
 #include "attention_statistics.h"
-#include "attention_tile.h"
 
 #include <vector>
 
@@ -264,19 +264,30 @@ void forward_columns(const AttentionForward<scalar_t>& call, const QueryBlock<sc
   const int64_t value_width = whole_vectors<acc_t>(call.value_width);
   const int64_t out_stride = padded<acc_t>(call.value_width);
 
+  using stored_t = stored_type<scalar_t>;
+  using element_t = element_type<scalar_t>;
+  const int64_t stored_width = padded<stored_t>(call.width);
+  const int64_t stored_value_width = padded<stored_t>(call.value_width);
+  const int64_t depth = transposed_depth<stored_t, element_t>(call.width);
+
   Scratch<acc_t> scratch{memory};
-  acc_t* query_buffer = scratch.take(rows * padded<acc_t>(call.width));
-  acc_t* key_buffer = scratch.take(key_block * padded<acc_t>(call.width));
-  acc_t* value_buffer = scratch.take(key_block * out_stride);
-  acc_t* packed = scratch.take(whole_groups<acc_t>(rows) * call.width);
+  auto* query_buffer = scratch.template take_as<stored_t>(rows * stored_width);
+  auto* key_buffer = scratch.template take_as<stored_t>(key_block * stored_width);
+  auto* value_buffer = scratch.template take_as<stored_t>(key_block * stored_value_width);
+  auto* packed = scratch.template take_as<element_t>(whole_groups<acc_t>(rows) * depth);
+  // Of pairs: values, and the weights of a tile.
+  auto* packed_values = scratch.template take_as<element_t>(
+      kPaired<element_t> ? key_block * elements<element_t>(stored_value_width) : 0);
+  auto* rounded = scratch.template take_as<element_t>(
+      kPaired<element_t> ? group * elements<element_t>(key_block) : 0);
   acc_t* out = scratch.take(rows * out_stride);
   const LaneStatistics<acc_t> statistics(rows, scratch);
   LaneStatistics<acc_t> in_entropy(rows, scratch);
   acc_t* tile_scores = scratch.take(group * key_block);
   acc_t* bias = scratch.next;
   std::fill_n(out, rows * out_stride, acc_t(0));
-  pack_transposed(block.load(call.query, call.width, query_buffer), rows, call.width, call.scale,
-                  packed);
+  transposed_operand(block.load(call.query, call.width, query_buffer), rows, call.width, call.scale,
+                     packed);
 
   const bool wants_entropy = call.entropy != EntropyKind::none;
   const bool counts = wants_entropy && call.visibility.mask != nullptr;
@@ -285,27 +296,37 @@ void forward_columns(const AttentionForward<scalar_t>& call, const QueryBlock<sc
   const auto absorb_keys = [&](int64_t first, int64_t last, bool keep) {
     for (int64_t column = first; column < last; column += key_block) {
       const Tile tile{column, std::min(key_block, last - column)};
-      const Rows<acc_t> keys = load_rows(call.key, block.b, block.key_head(), column, tile.columns,
-                                         call.width, key_buffer);
-      const Rows<acc_t> values = load_rows(call.value, block.b, block.key_head(), column,
-                                           tile.columns, call.value_width, value_buffer);
-      const bool guarded =
-          is_partial(block, tile) && !all_finite(values, tile.columns, value_width);
+      const Rows<stored_t> keys = load_rows(call.key, block.b, block.key_head(), column,
+                                            tile.columns, call.width, key_buffer);
+      const Rows<stored_t> value_rows = load_rows(call.value, block.b, block.key_head(), column,
+                                                  tile.columns, call.value_width, value_buffer);
+      const bool guarded = is_partial(block, tile) &&
+                           !all_finite(value_rows, tile.columns,
+                                       whole_vectors<stored_t>(call.value_width));
+      const auto values =
+          right_operand(value_rows, tile.columns, call.value_width, packed_values);
+      const Rows<element_t> left = left_operand(keys);
       const bool counted = wants_entropy && column >= call.entropy_from;
       for_each_strip(block, tile, group, [&](const Strip& strip) {
         acc_t* scores = keep ? kept.scores + strip.first * kept.stride : tile_scores;
         const bool narrow = strip.rows <= lanes;
-        multiply(strip.columns, narrow ? lanes : group, call.width, acc_t(1),
-                 Strided<acc_t>{keys.data, keys.stride, 1},
-                 in_place(packed + strip.first * call.width, group), acc_t(0), scores, group);
+        const element_t* queries = packed + strip.first * depth;
+        multiply(strip.columns, narrow ? lanes : group, elements<element_t>(call.width),
+                 kPaired<element_t> ? call.scale : acc_t(1),
+                 Strided<element_t>{left.data, left.stride, 1}, in_place(queries, group), acc_t(0),
+                 scores, group);
         hide_columns(block, tile, strip, scores, bias,
                      counts && counted ? support.data() + strip.first : nullptr);
         acc_t* strip_out = out + strip.first * out_stride;
         (narrow ? softmax_columns<1, acc_t> : softmax_columns<2, acc_t>)(
             statistics, strip.first, strip.rows, scores, strip.columns,
             counted && call.entropy == EntropyKind::head, strip_out, out_stride, value_width);
-        accumulate(strip.rows, value_width, strip.columns, Strided<acc_t>{scores, 1, group},
-                   values, guarded, strip_out, out_stride);
+        if constexpr (kPaired<element_t>) {
+          narrow_interleaved({scores, group}, strip.columns, narrow ? lanes : group, rounded);
+        }
+        accumulate(strip.rows, value_width, strip.columns,
+                   rounded_to(Strided<acc_t>{scores, 1, group}, rounded, 1, group), values, guarded,
+                   strip_out, out_stride);
       });
     }
   };

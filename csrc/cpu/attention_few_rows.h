@@ -47,32 +47,33 @@ inline void store_quad_sums(Vector<float> sums, float* target) {
   _mm_storeu_ps(target, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
 
-// factor queries[i, 4 m + k] in the four lanes of 128 bits m, for every vector of columns and every
-// k < 4: the factor of a transposed quad of keys. [width / lanes, 4, rows, lanes]
-inline void spread_queries(Rows<float> queries, int64_t rows, int64_t width, float factor,
-                           float* spread) {
+// queries[i, 4 m + k] in the four lanes of 128 bits m, for every vector of columns and every k < 4:
+// the factor of a transposed quad of keys. [width / lanes, 4, rows, lanes]
+template <typename E, typename Scale>
+void spread_queries(Rows<E> queries, int64_t rows, int64_t width, Scale&& scaled, E* spread) {
   constexpr int64_t lanes = Vector<float>::size();
   for (int64_t first = 0; first < width; first += lanes) {
     for (int64_t k = 0; k < 4; ++k) {
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t lane = 0; lane < lanes; ++lane) {
-          *spread++ = factor * queries.at(i)[first + lane / 4 * 4 + k];
+          *spread++ = scaled(queries.at(i)[first + lane / 4 * 4 + k]);
         }
       }
     }
   }
 }
 
-// scores[i, j] = <query i, key j> for `columns` keys, up to the next whole vector (with the last
-// key's scores); width in whole vectors.
-template <int64_t ROWS>
-void quad_scores(int64_t columns, int64_t width, const float* spread, Rows<float> keys,
+// scores[i, j] = factor <query i, key j> for `columns` keys, up to the next whole vector (with the
+// last key's scores); width in whole vectors.
+template <int64_t ROWS, typename E>
+void quad_scores(int64_t columns, int64_t width, float factor, const E* spread, Rows<E> keys,
                  float* scores, int64_t stride) {
   using V = Vector<float>;
+  using Element = Elements<E>;
   constexpr int64_t lanes = V::size();
   constexpr int64_t quads = lanes >= 16 ? 2 : 1;  // that share the loads of the queries
   for (int64_t j = 0; j < columns; j += 4 * quads) {
-    const float* key[4 * quads];
+    const E* key[4 * quads];
     for (int64_t r = 0; r < 4 * quads; ++r) key[r] = keys.at(std::min(j + r, columns - 1));
     V sums[ROWS][quads];
 #pragma GCC unroll 8
@@ -80,23 +81,23 @@ void quad_scores(int64_t columns, int64_t width, const float* spread, Rows<float
 #pragma GCC unroll 2
       for (int64_t q = 0; q < quads; ++q) sums[i][q] = V(0.0f);
     }
-    const float* query = spread;
+    const E* query = spread;
     for (int64_t first = 0; first < width; first += lanes) {
       V columns_of[quads][4];
 #pragma GCC unroll 2
       for (int64_t q = 0; q < quads; ++q) {
 #pragma GCC unroll 4
-        for (int64_t r = 0; r < 4; ++r) columns_of[q][r] = V::loadu(key[4 * q + r] + first);
+        for (int64_t r = 0; r < 4; ++r) columns_of[q][r] = Element::load(key[4 * q + r] + first);
         transpose_quads(columns_of[q]);
       }
 #pragma GCC unroll 4
       for (int64_t k = 0; k < 4; ++k) {
 #pragma GCC unroll 8
         for (int64_t i = 0; i < ROWS; ++i, query += lanes) {
-          const V factor = V::loadu(query);
+          const V part = Element::load(query);
 #pragma GCC unroll 2
           for (int64_t q = 0; q < quads; ++q) {
-            sums[i][q] = at::vec::fmadd(factor, columns_of[q][k], sums[i][q]);
+            sums[i][q] = Element::multiply_add(part, columns_of[q][k], sums[i][q]);
           }
         }
       }
@@ -105,6 +106,7 @@ void quad_scores(int64_t columns, int64_t width, const float* spread, Rows<float
     for (int64_t i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 2
       for (int64_t q = 0; q < quads; ++q) {
+        if constexpr (kPaired<E>) sums[i][q] = sums[i][q] * V(factor);
         store_quad_sums(sums[i][q], scores + i * stride + j + 4 * q);
       }
     }
@@ -112,12 +114,13 @@ void quad_scores(int64_t columns, int64_t width, const float* spread, Rows<float
 }
 
 // The same for one or two queries, where transposing the sums costs less than transposing keys.
-template <int64_t ROWS>
-void dot_scores(int64_t columns, int64_t width, float factor, Rows<float> queries, Rows<float> keys,
+template <int64_t ROWS, typename E>
+void dot_scores(int64_t columns, int64_t width, float factor, Rows<E> queries, Rows<E> keys,
                 float* scores, int64_t stride) {
   using V = Vector<float>;
+  using Element = Elements<E>;
   for (int64_t j = 0; j < columns; j += 4) {
-    const float* key[4];
+    const E* key[4];
     for (int64_t r = 0; r < 4; ++r) key[r] = keys.at(std::min(j + r, columns - 1));
     V sums[ROWS][4];
 #pragma GCC unroll 2
@@ -128,10 +131,10 @@ void dot_scores(int64_t columns, int64_t width, float factor, Rows<float> querie
     for (int64_t first = 0; first < width; first += V::size()) {
 #pragma GCC unroll 2
       for (int64_t i = 0; i < ROWS; ++i) {
-        const V query = V::loadu(queries.at(i) + first);
+        const V query = Element::load(queries.at(i) + first);
 #pragma GCC unroll 4
         for (int64_t r = 0; r < 4; ++r) {
-          sums[i][r] = at::vec::fmadd(query, V::loadu(key[r] + first), sums[i][r]);
+          sums[i][r] = Element::multiply_add(query, Element::load(key[r] + first), sums[i][r]);
         }
       }
     }
@@ -150,29 +153,39 @@ constexpr bool kHasQuads = false;
 #endif
 
 // Up to so many queries are multiplied with the keys as they lie: one strip at most.
-template <typename T>
-constexpr int64_t kFewRows = kHasQuads && std::is_same_v<T, float> ? kGemmRows<T> : kDotRows;
+template <typename E>
+constexpr int64_t kFewRows =
+    kHasQuads && std::is_same_v<sum_t<E>, float> ? kGemmRows<float> : kDotRows;
 
 // Keys multiplied at once.
 constexpr int64_t kFewColumns = 8;
 
 // scores[i, j] = factor <query i, key j> for kFewRows queries at most; behind the last key, up to
 // the next whole vector, they are unspecified.
-template <typename T>
+template <typename E>
 class FewQueries {
  public:
+  using T = sum_t<E>;
+
   FewQueries() = default;
-  // `memory` holds 4 rows * width values, width in whole vectors.
-  FewQueries(Rows<T> queries, int64_t rows, int64_t width, T factor, T* memory)
+  // `memory` holds 4 rows * width elements, width in whole vectors.
+  FewQueries(Rows<E> queries, int64_t rows, int64_t width, T factor, E* memory)
       : queries_(queries), rows_(rows), width_(width), factor_(factor), spread_(memory) {
     if constexpr (quads) {
-      if (rows > kDotRows) spread_queries(queries, rows, width, factor, memory);
+      const auto scaled = [factor](E x) {
+        if constexpr (kPaired<E>) {
+          return x;  // as it is; the scores are scaled
+        } else {
+          return factor * x;
+        }
+      };
+      if (rows > kDotRows) spread_queries(queries, rows, width, scaled, memory);
     }
   }
 
-  void multiply(int64_t columns, Rows<T> keys, T* scores, int64_t stride) const {
+  void multiply(int64_t columns, Rows<E> keys, T* scores, int64_t stride) const {
     if constexpr (quads) {
-      multiply_rows<kFewRows<T>>(columns, keys, scores, stride);
+      multiply_rows<kFewRows<E>>(columns, keys, scores, stride);
     } else {
       for (int64_t i = 0; i < rows_; ++i) {
         for (int64_t j = 0; j < columns; ++j) {
@@ -183,86 +196,25 @@ class FewQueries {
   }
 
  private:
-  static constexpr bool quads = kFewRows<T> > kDotRows;
+  static constexpr bool quads = kFewRows<E> > kDotRows;
 
   template <int64_t ROWS>
-  void multiply_rows(int64_t columns, Rows<T> keys, T* scores, int64_t stride) const {
+  void multiply_rows(int64_t columns, Rows<E> keys, T* scores, int64_t stride) const {
     if constexpr (ROWS > 0) {
       if (rows_ < ROWS) {
         multiply_rows<ROWS - 1>(columns, keys, scores, stride);
       } else if constexpr (ROWS > kDotRows) {
-        quad_scores<ROWS>(columns, width_, spread_, keys, scores, stride);
+        quad_scores<ROWS>(columns, width_, factor_, spread_, keys, scores, stride);
       } else {
         dot_scores<ROWS>(columns, width_, factor_, queries_, keys, scores, stride);
       }
     }
   }
 
-  Rows<T> queries_{};
+  Rows<E> queries_{};
   int64_t rows_ = 0, width_ = 0;
   T factor_{};
-  T* spread_ = nullptr;
-};
-
-// How a block of at most kFewRows queries, one strip, meets a tile of keys and values.
-template <typename scalar_t>
-struct FewProducts {
-  using acc_t = accumulate_t<scalar_t>;
-  static constexpr int64_t strip_rows = kFewRows<acc_t>;
-  // Rows of memory that the products write for `rows` rows of scores or of out.
-  static constexpr int64_t written_rows(int64_t rows) { return rows; }
-
-  const QueryBlock<scalar_t>& block;
-  const AttentionShape<scalar_t>& shape;
-  int64_t key_block, width, value_width;
-  bool fetches;  // the fewest queries only wait for memory, which nobody needs to ask for
-  acc_t *key_buffer, *value_buffer;
-  FewQueries<acc_t> queries{};
-  Rows<acc_t> keys{}, values{};
-  bool guarded = false;
-
-  FewProducts(const QueryBlock<scalar_t>& query_block, int64_t keys_per_tile,
-              Scratch<acc_t>& scratch)
-      : block(query_block),
-        shape(query_block.shape),
-        key_block(keys_per_tile),
-        width(whole_vectors<acc_t>(shape.width)),
-        value_width(whole_vectors<acc_t>(shape.value_width)),
-        fetches(block.count() > kDotRows) {
-    acc_t* query_buffer = scratch.take(block.count() * padded<acc_t>(shape.width));
-    key_buffer = scratch.take(key_block * padded<acc_t>(shape.width));
-    value_buffer = scratch.take(key_block * padded<acc_t>(shape.value_width));
-    queries = {block.load(shape.query, shape.width, query_buffer), block.count(), width,
-               shape.scale, scratch.take(4 * block.count() * padded<acc_t>(shape.width))};
-  }
-
-  void load(const Tile& tile) {
-    keys = load_rows(shape.key, block.b, block.key_head(), tile.column, tile.columns, shape.width,
-                     key_buffer);
-    values = load_rows(shape.value, block.b, block.key_head(), tile.column, tile.columns,
-                       shape.value_width, value_buffer);
-    guarded = is_partial(block, tile) && !all_finite(values, tile.columns, value_width);
-  }
-
-  // scores = scale queries keys^T, rows key_block apart.
-  void multiply_keys(const Strip& strip, acc_t* scores) const {
-    const int64_t step = fetches ? kFewColumns : strip.columns;
-    for (int64_t c = 0; c < strip.columns; c += step) {
-      const int64_t count = std::min(step, strip.columns - c);
-      if (fetches) {
-        prefetch(values.from(c), count, value_width);
-        prefetch(keys.from(c + key_block), count, width);
-      }
-      queries.multiply(count, keys.from(c), scores + c, key_block);
-    }
-  }
-
-  // out += weights values
-  void multiply_values(const Strip& strip, const acc_t* weights, acc_t* out,
-                       int64_t out_stride) const {
-    accumulate(strip.rows, value_width, strip.columns, {weights, key_block, 1}, values, guarded,
-               out, out_stride);
-  }
+  E* spread_ = nullptr;
 };
 
 }  // namespace

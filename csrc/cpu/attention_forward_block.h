@@ -3,11 +3,12 @@
 // One block of queries through all its keys: out and the statistics of every row. Only for kernel
 // files.
 
-#include "attention_columns.h"
-#include "attention_few_rows.h"
 #include "attention_statistics.h"
 #if defined(__AMX_BF16__)
 #include "attention_amx.h"
+#else
+#include "attention_columns.h"
+#include "attention_few_products.h"
 #endif
 
 #include <vector>
@@ -125,16 +126,14 @@ template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
 void forward_block(const AttentionForward<scalar_t>& call, const QueryBlock<scalar_t>& block,
                    acc_t* memory) {
 #if defined(__AMX_BF16__)
-  if (call.panels.keys != nullptr) {
-    forward_block_by<AmxProducts>(call, block, memory);
-    return;
-  }
-#endif
-  if (block.count() <= kFewRows<acc_t>) {
+  forward_block_by<AmxProducts>(call, block, memory);
+#else
+  if (block.count() <= kFewRows<element_type<scalar_t>>) {
     forward_block_by<FewProducts<scalar_t>>(call, block, memory);
   } else {
     forward_columns(call, block, forward_key_block(call), KeptScores<acc_t>{}, memory);
   }
+#endif
 }
 
 }  // namespace

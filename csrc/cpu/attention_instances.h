@@ -4,7 +4,7 @@
 namespace driftar::cpu {
 
 template struct AttentionKernel<Isa::DRIFTAR_ISA, c10::BFloat16>;
-#if !defined(__AMX_BF16__)
+#if !defined(__AMX_BF16__) && !defined(__AVX512BF16__)
 template struct AttentionKernel<Isa::DRIFTAR_ISA, float>;
 template struct AttentionKernel<Isa::DRIFTAR_ISA, double>;
 template struct AttentionKernel<Isa::DRIFTAR_ISA, c10::Half>;

@@ -129,9 +129,13 @@ void AttentionKernel<isa, scalar_t>::map_entropy(const AttentionForward<scalar_t
   const int64_t rows = std::min(kMapQueryBlock, call.query_length - row);
 
   Scratch<acc_t> scratch{memory};
-  acc_t* query_buffer = scratch.take(kMapQueryBlock * padded<acc_t>(call.width));
-  acc_t* key_buffer = scratch.take(kMapKeyBlock * padded<acc_t>(call.width));
-  acc_t* packed = scratch.take(kMapKeyBlock * call.width);
+  using stored_t = stored_type<scalar_t>;
+  using element_t = element_type<scalar_t>;
+  const int64_t stored_width = padded<stored_t>(call.width);
+  auto* query_buffer = scratch.template take_as<stored_t>(kMapQueryBlock * stored_width);
+  auto* key_buffer = scratch.template take_as<stored_t>(kMapKeyBlock * stored_width);
+  auto* packed =
+      scratch.template take_as<element_t>(kMapKeyBlock * elements<element_t>(stored_width));
   acc_t* tiles = scratch.take(heads * kMapTile);
   acc_t* average = scratch.take(kMapTile);
 
@@ -147,12 +151,12 @@ void AttentionKernel<isa, scalar_t>::map_entropy(const AttentionForward<scalar_t
     std::fill(average, average + rows * kMapKeyBlock, acc_t(0));
     for (int64_t h = 0; h < heads; ++h) {
       const QueryBlock<scalar_t> block{call, b, h, 1, row, rows};
-      const Rows<acc_t> keys =
+      const Rows<stored_t> keys =
           load_rows(call.key, b, block.key_head(), column, tile.columns, call.width, key_buffer);
       map_probabilities(block, tile,
                         of_heads(call, call.entropy_lse, b, row) + h * call.query_length,
-                        block.load(call.query, call.width, query_buffer),
-                        pack_transposed(keys, tile.columns, call.width, call.scale, packed),
+                        left_operand(block.load(call.query, call.width, query_buffer)),
+                        transposed_operand(keys, tile.columns, call.width, call.scale, packed),
                         kMapKeyBlock, tiles + h * kMapTile, average);
     }
     row_logarithm(average, rows * kMapKeyBlock);

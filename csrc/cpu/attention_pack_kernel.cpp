@@ -33,18 +33,6 @@ void pack_values(Rows<BFloat16> values, int64_t width, BFloat16* target) {
   }
 }
 
-bool all_finite(Rows<BFloat16> rows, int64_t count, int64_t width) {
-  constexpr uint16_t exponent = 0x7f80;  // all ones: NaN or inf
-  uint16_t largest = 0;
-  for (int64_t r = 0; r < count; ++r) {
-    const BFloat16* row = rows.at(r);
-    for (int64_t c = 0; c < width; ++c) {
-      largest = std::max<uint16_t>(largest, row[c].x & exponent);
-    }
-  }
-  return largest != exponent;
-}
-
 }  // namespace
 
 template <Isa isa, typename scalar_t>

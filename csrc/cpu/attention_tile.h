@@ -29,16 +29,46 @@ struct Scratch {
     next += padded<T>(count);
     return piece;
   }
+  template <typename U>
+  U* take_as(int64_t count) {
+    return reinterpret_cast<U*>(take(blocks(count * sizeof(U), sizeof(T))));
+  }
 };
 
+// Asks for rows that will be read soon.
 template <typename T>
-struct Rows {
-  const T* data;
-  int64_t stride;
+void prefetch(Rows<T> rows, int64_t count, int64_t width) {
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t c = 0; c < width; c += padding<T>) {
+      __builtin_prefetch(rows.at(r) + c, /*rw=*/0, /*locality=*/2);
+    }
+  }
+}
 
-  const T* at(int64_t r) const { return data + r * stride; }
-  Rows from(int64_t r) const { return {at(r), stride}; }
-};
+// Rows between one that is copied and one that is asked for meanwhile.
+constexpr int64_t kRowsAhead = 16;
+
+// A row, filled up with zeros to its padded width.
+template <typename T>
+void copy_row(const T* row, int64_t width, T* target) {
+  std::copy_n(row, width, target);
+  std::fill(target + width, target + padded<T>(width), T(0));
+}
+
+#if defined(CPU_CAPABILITY_AVX512)
+// GCC would call functions for so short rows.
+inline void copy_row(const c10::BFloat16* row, int64_t width, c10::BFloat16* target) {
+  constexpr int64_t lanes = padding<c10::BFloat16>;
+  int64_t c = 0;
+  for (; c + lanes <= width; c += lanes) {
+    _mm512_storeu_si512(target + c, _mm512_loadu_si512(row + c));
+  }
+  if (c < width) {
+    const __mmask32 present = 0xffffffffu >> (c + lanes - width);
+    _mm512_storeu_si512(target + c, _mm512_maskz_loadu_epi16(present, row + c));
+  }
+}
+#endif
 
 // `count` rows of one head from `first` on into `buffer`, whose rows are padded with zeros.
 template <typename scalar_t, typename acc_t>
@@ -49,9 +79,14 @@ Rows<acc_t> copy_rows(const Operand<const scalar_t>& x, int64_t b, int64_t h, in
   for (int64_t r = 0; r < count; ++r) {
     const scalar_t* row = source + r * x.row;
     acc_t* target = buffer + r * stride;
-    if (std::is_same_v<scalar_t, acc_t> && x.column == 1) {
-      std::copy_n(row, width, target);  // GCC copies 16-bit types one by one
-    } else if (x.column == 1) {
+    if constexpr (std::is_same_v<scalar_t, acc_t>) {
+      if (x.column == 1) {
+        prefetch(Rows<scalar_t>{row + kRowsAhead * x.row, 0}, 1, width);
+        copy_row(row, width, target);
+        continue;
+      }
+    }
+    if (x.column == 1) {
       for (int64_t c = 0; c < width; ++c) target[c] = static_cast<acc_t>(row[c]);
     } else if (x.column == 0) {  // expanded, as the gradient of a sum is
       std::fill(target, target + width, static_cast<acc_t>(row[0]));
@@ -63,20 +98,17 @@ Rows<acc_t> copy_rows(const Operand<const scalar_t>& x, int64_t b, int64_t h, in
   return {buffer, stride};
 }
 
-// The same, but in place where whole vectors can be read.
+// The same, but in place where whole vectors can be read, and 16-bit numbers as pairs.
 template <typename scalar_t, typename acc_t>
 Rows<acc_t> load_rows(const Operand<const scalar_t>& x, int64_t b, int64_t h, int64_t first,
                       int64_t count, int64_t width, acc_t* buffer) {
   if constexpr (std::is_same_v<scalar_t, acc_t>) {
-    if (x.column == 1 && width % Vector<acc_t>::size() == 0) return {x.at(b, h, first), x.row};
+    const bool paired = sizeof(acc_t) > 2 || x.row % 2 == 0;
+    if (x.column == 1 && width % Vector<acc_t>::size() == 0 && paired) {
+      return {x.at(b, h, first), x.row};
+    }
   }
   return copy_rows(x, b, h, first, count, width, buffer);
-}
-
-// Rows as the transposed right operand of a product, times `factor`.
-template <typename T>
-Panels<T> pack_transposed(Rows<T> rows, int64_t count, int64_t width, T factor, T* packed) {
-  return pack(Strided<T>{rows.data, 1, rows.stride}, width, count, factor, packed);
 }
 
 // `rows` consecutive queries of each of `heads` neighbouring heads that share a key head, numbered
@@ -91,15 +123,14 @@ struct QueryBlock {
   int64_t head_of(int64_t r) const { return heads == 1 ? head : head + r / rows; }
   int64_t query_of(int64_t r) const { return row + (heads == 1 ? r : r % rows); }
   // The block's rows of query or of the gradient of out.
-  Rows<accumulate_t<scalar_t>> load(const Operand<const scalar_t>& x, int64_t width,
-                                    accumulate_t<scalar_t>* buffer) const {
+  template <typename T>
+  Rows<T> load(const Operand<const scalar_t>& x, int64_t width, T* buffer) const {
     if (heads == 1 || x.head == rows * x.row) {
       return load_rows(x, b, head, row, count(), width, buffer);
     }
-    Rows<accumulate_t<scalar_t>> result{};
+    Rows<T> result{};
     for (int64_t h = heads - 1; h >= 0; --h) {
-      result = copy_rows(x, b, head + h, row, rows, width,
-                         buffer + h * rows * padded<accumulate_t<scalar_t>>(width));
+      result = copy_rows(x, b, head + h, row, rows, width, buffer + h * rows * padded<T>(width));
     }
     return result;
   }
@@ -190,23 +221,14 @@ void apply_mask(const Visibility& v, int64_t b, int64_t h, int64_t i, int64_t co
   v.mask_column == 1 ? apply(1) : apply(v.mask_column);  // the first one in vectors
 }
 
-// Asks for rows that will be read soon.
-template <typename T>
-void prefetch(Rows<T> rows, int64_t count, int64_t width) {
-  for (int64_t r = 0; r < count; ++r) {
-    for (int64_t c = 0; c < width; c += padding<T>) {
-      __builtin_prefetch(rows.at(r) + c, /*rw=*/0, /*locality=*/2);
-    }
-  }
-}
-
-// The scores of a strip, up to the next whole vector; `keys` are packed and carry the scale.
-template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
-void score_products(const QueryBlock<scalar_t>& block, const Strip& strip, Rows<acc_t> queries,
-                    Panels<acc_t> keys, acc_t* scores, int64_t stride) {
-  multiply(strip.rows, whole_vectors<acc_t>(strip.columns), block.shape.width, acc_t(1),
-           Strided<acc_t>{queries.at(strip.first), queries.stride, 1}, keys, acc_t(0), scores,
-           stride);
+// The scores of a strip, up to the next whole vector; `keys` are packed and carry the scale, unless
+// they are pairs.
+template <typename scalar_t, typename E, typename acc_t = accumulate_t<scalar_t>>
+void score_products(const QueryBlock<scalar_t>& block, const Strip& strip, Rows<E> queries,
+                    Panels<E> keys, acc_t* scores, int64_t stride) {
+  multiply(strip.rows, whole_vectors<acc_t>(strip.columns), elements<E>(block.shape.width),
+           kPaired<E> ? block.shape.scale : acc_t(1),
+           Strided<E>{queries.at(strip.first), queries.stride, 1}, keys, acc_t(0), scores, stride);
 }
 
 // Scores become -inf where a key is hidden from its query and up to the next whole vector.
@@ -241,10 +263,10 @@ void hide_keys(const QueryBlock<scalar_t>& block, const Tile& tile, const Strip&
 
 // probabilities = exp(score - entropy_lse) of one head over keys that count for the entropy, 0
 // where hidden; average += probabilities / heads. Both are [rows, stride].
-template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
+template <typename scalar_t, typename E, typename acc_t = accumulate_t<scalar_t>>
 void map_probabilities(const QueryBlock<scalar_t>& block, const Tile& tile,
-                       const acc_t* entropy_lse, Rows<acc_t> queries, Panels<acc_t> keys,
-                       int64_t stride, acc_t* probabilities, acc_t* average) {
+                       const acc_t* entropy_lse, Rows<E> queries, Panels<E> keys, int64_t stride,
+                       acc_t* probabilities, acc_t* average) {
   const Vector<acc_t> share(acc_t(1) / static_cast<acc_t>(block.shape.query_heads));
   std::fill(probabilities, probabilities + block.rows * stride, acc_t(0));
   for_each_strip(block, tile, kGemmRows<acc_t>, [&](const Strip& strip) {
@@ -281,24 +303,6 @@ bool all_finite(Rows<T> rows, int64_t count, int64_t width) {
     }
   }
   return sum_of(sum) == T(0);
-}
-
-// target[m, n] += coefficients[m, k] rows[k, n]. `guarded`: coefficients that are 0 because a key
-// is hidden must not let a NaN or inf of `rows` through.
-template <typename T>
-void accumulate(int64_t m, int64_t n, int64_t k, Strided<T> coefficients, Rows<T> rows,
-                bool guarded, T* target, int64_t stride) {
-  if (!guarded) {
-    multiply(m, n, k, T(1), coefficients, in_place(rows.data, rows.stride), T(1), target, stride);
-    return;
-  }
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < k; ++j) {
-      const T coefficient = coefficients.data[i * coefficients.row + j * coefficients.column];
-      if (coefficient == T(0)) continue;
-      for (int64_t c = 0; c < n; ++c) target[i * stride + c] += coefficient * rows.at(j)[c];
-    }
-  }
 }
 
 }  // namespace

@@ -12,10 +12,32 @@
 namespace driftar::cpu {
 namespace {
 
+// How elements E of two matrices multiply, and what their products are summed in.
+template <typename E>
+struct Elements {
+  static constexpr int64_t numbers = 1;  // neighbours in the depth that form an element
+  using sum_t = E;
+  using vector_t = Vector<E>;
+  static vector_t load(const E* x) { return vector_t::loadu(x); }
+  static vector_t spread(E x) { return vector_t(x); }
+  static vector_t multiply_add(vector_t a, vector_t b, vector_t sum) {
+    return at::vec::fmadd(a, b, sum);
+  }
+};
+template <typename E>
+using sum_t = typename Elements<E>::sum_t;
+template <typename E>
+constexpr bool kPaired = Elements<E>::numbers == 2;
+// Elements that hold `count` numbers.
+template <typename E>
+constexpr int64_t elements(int64_t count) {
+  return (count + Elements<E>::numbers - 1) / Elements<E>::numbers;
+}
+
 // Register block: kGemmRows x (2 vectors) accumulators, two vectors of B and one broadcast of A fit
 // 32 (AVX-512) or 16 registers.
-template <typename T>
-constexpr int64_t kGemmColumns = 2 * Vector<T>::size();
+template <typename E>
+constexpr int64_t kGemmColumns = 2 * Vector<sum_t<E>>::size();
 template <typename T>
 constexpr int64_t kGemmRows = sizeof(T) * Vector<T>::size() >= 64 ? 8 : 6;
 
@@ -26,6 +48,15 @@ struct Strided {
   int64_t row, column;
 
   Strided from(int64_t i, int64_t p) const { return {data + i * row + p * column, row, column}; }
+};
+
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+
+  const T* at(int64_t r) const { return data + r * stride; }
+  Rows from(int64_t r) const { return {at(r), stride}; }
 };
 
 // A right operand as panels of kGemmColumns columns: element (p, j) lies at
@@ -47,9 +78,10 @@ Panels<T> packed_panels(const T* packed, int64_t depth) {
 }
 
 // c[ROWS, VECTORS vectors] = alpha a b + beta c
-template <int64_t ROWS, int64_t VECTORS, typename T>
-inline void gemm_block(int64_t depth, T alpha, Strided<T> a, const T* b, int64_t stride_b, T beta,
+template <int64_t ROWS, int64_t VECTORS, typename E, typename T = sum_t<E>>
+inline void gemm_block(int64_t depth, T alpha, Strided<E> a, const E* b, int64_t stride_b, T beta,
                        T* c, int64_t stride_c) {
+  using Element = Elements<E>;
   using V = Vector<T>;
   V sums[ROWS][VECTORS];
 #pragma GCC unroll 8
@@ -58,15 +90,17 @@ inline void gemm_block(int64_t depth, T alpha, Strided<T> a, const T* b, int64_t
     for (int64_t j = 0; j < VECTORS; ++j) sums[i][j] = V(T(0));
   }
   for (int64_t p = 0; p < depth; ++p) {
-    V right[VECTORS];
+    typename Element::vector_t right[VECTORS];
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < VECTORS; ++j) right[j] = V::loadu(b + p * stride_b + j * V::size());
+    for (int64_t j = 0; j < VECTORS; ++j) {
+      right[j] = Element::load(b + p * stride_b + j * V::size());
+    }
 #pragma GCC unroll 8
     for (int64_t i = 0; i < ROWS; ++i) {
-      const V factor(a.data[i * a.row + p * a.column]);
+      const auto factor = Element::spread(a.data[i * a.row + p * a.column]);
 #pragma GCC unroll 4
       for (int64_t j = 0; j < VECTORS; ++j) {
-        sums[i][j] = at::vec::fmadd(factor, right[j], sums[i][j]);
+        sums[i][j] = Element::multiply_add(factor, right[j], sums[i][j]);
       }
     }
   }
@@ -84,16 +118,16 @@ inline void gemm_block(int64_t depth, T alpha, Strided<T> a, const T* b, int64_t
 }
 
 // A strip of C, `columns` whole vectors wide, of a number of rows known at run time.
-template <int64_t ROWS, typename T>
-void gemm_strip(int64_t rows, int64_t columns, int64_t depth, T alpha, Strided<T> a, Panels<T> b,
+template <int64_t ROWS, typename E, typename T = sum_t<E>>
+void gemm_strip(int64_t rows, int64_t columns, int64_t depth, T alpha, Strided<E> a, Panels<E> b,
                 T beta, T* c, int64_t stride_c) {
   if constexpr (ROWS > 0) {
     if (rows < ROWS) {
       gemm_strip<ROWS - 1>(rows, columns, depth, alpha, a, b, beta, c, stride_c);
       return;
     }
-    constexpr int64_t width = kGemmColumns<T>;
-    const T* panel = b.data;
+    constexpr int64_t width = kGemmColumns<E>;
+    const E* panel = b.data;
     int64_t column = 0;
     if constexpr (ROWS <= kGemmRows<T> / 2) {  // so few rows leave registers for twice the columns
       for (; b.panel == width && column + 2 * width <= columns;
@@ -121,8 +155,8 @@ void gemm_strip(int64_t rows, int64_t columns, int64_t depth, T alpha, Strided<T
 }
 
 // C[rows, columns] = alpha A B + beta C for whole vectors of columns. C is not read when beta is 0.
-template <typename T>
-void multiply(int64_t rows, int64_t columns, int64_t depth, T alpha, Strided<T> a, Panels<T> b,
+template <typename E, typename T = sum_t<E>>
+void multiply(int64_t rows, int64_t columns, int64_t depth, T alpha, Strided<E> a, Panels<E> b,
               T beta, T* c, int64_t stride_c) {
   constexpr int64_t height = kGemmRows<T>;
   for (int64_t row = 0; row < rows; row += height) {
@@ -141,22 +175,20 @@ void transpose_square(const T* source, int64_t stride, T factor, T* target, int6
   }
 }
 
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-template <>
-inline void transpose_square(const float* source, int64_t stride, float factor, float* target,
-                             int64_t target_stride) {
 #if defined(CPU_CAPABILITY_AVX512)
+// Row p of the target is finish(column p of the source) for a square of 16 x 16 elements of 32
+// bits, whose row r begins at row(r).
+template <typename Row, typename Finish>
+void transpose_16x16(Row&& row, Finish&& finish, float* target, int64_t target_stride) {
   // Quarter m of the rows goes to 128-bit lane m while it is loaded; 4 x 4 squares are left.
-  const __m512 scale = _mm512_set1_ps(factor);
   for (int p = 0; p < 16; p += 4) {
     __m512 rows[4];
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
-      const float* first = source + r * stride + p;
-      rows[r] = _mm512_castps128_ps512(_mm_loadu_ps(first));
-      rows[r] = _mm512_insertf32x4(rows[r], _mm_loadu_ps(first + 4 * stride), 1);
-      rows[r] = _mm512_insertf32x4(rows[r], _mm_loadu_ps(first + 8 * stride), 2);
-      rows[r] = _mm512_insertf32x4(rows[r], _mm_loadu_ps(first + 12 * stride), 3);
+      rows[r] = _mm512_castps128_ps512(_mm_loadu_ps(row(r) + p));
+      rows[r] = _mm512_insertf32x4(rows[r], _mm_loadu_ps(row(r + 4) + p), 1);
+      rows[r] = _mm512_insertf32x4(rows[r], _mm_loadu_ps(row(r + 8) + p), 2);
+      rows[r] = _mm512_insertf32x4(rows[r], _mm_loadu_ps(row(r + 12) + p), 3);
     }
     const __m512d low = _mm512_castps_pd(_mm512_unpacklo_ps(rows[0], rows[1]));
     const __m512d high = _mm512_castps_pd(_mm512_unpackhi_ps(rows[0], rows[1]));
@@ -168,9 +200,20 @@ inline void transpose_square(const float* source, int64_t stride, float factor, 
         _mm512_unpacklo_pd(high, other_high), _mm512_unpackhi_pd(high, other_high)};
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
-      _mm512_storeu_ps(out + r * target_stride, _mm512_castpd_ps(columns[r]) * scale);
+      _mm512_storeu_ps(out + r * target_stride, finish(_mm512_castpd_ps(columns[r])));
     }
   }
+}
+#endif
+
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+template <>
+inline void transpose_square(const float* source, int64_t stride, float factor, float* target,
+                             int64_t target_stride) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512 scale = _mm512_set1_ps(factor);
+  transpose_16x16([=](int r) { return source + r * stride; },
+                  [=](__m512 column) { return column * scale; }, target, target_stride);
 #else
   at::vec::transpose_mxn<float, 8, 8>(source, stride, target, target_stride);
   for (int p = 0; p < 8; ++p) {

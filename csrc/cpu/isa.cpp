@@ -19,6 +19,14 @@ bool has_avx512() {
 #endif
 }
 
+bool has_avx512_bf16() {
+#ifdef DRIFTAR_HAS_AVX512_BF16
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 // Linux lends the tile registers to processes that ask for them, which init_amx() does. Every
 // processor with tiles multiplies bf16.
 bool has_amx() {
@@ -29,19 +37,33 @@ bool has_amx() {
 #endif
 }
 
+bool has(Isa isa) {
+  switch (isa) {
+    case Isa::amx:
+      return has_amx();
+    case Isa::avx512_bf16:
+      return has_avx512_bf16();
+    case Isa::avx512:
+      return has_avx512();
+    default:
+      return true;
+  }
+}
+
+constexpr Isa kBestFirst[] = {Isa::amx, Isa::avx512_bf16, Isa::avx512, Isa::baseline};
+
 Isa choose() {
   const char* wanted = std::getenv("DRIFTAR_KERNELS_ISA");
   const std::string name = wanted == nullptr ? "" : wanted;
-  if (name.empty()) return has_amx() ? Isa::amx : has_avx512() ? Isa::avx512 : Isa::baseline;
-  if (name == isa_name(Isa::baseline)) return Isa::baseline;
-  TORCH_CHECK_VALUE(name == isa_name(Isa::avx512) || name == isa_name(Isa::amx),
-                    "DRIFTAR_KERNELS_ISA must be ", isa_name(Isa::baseline),
-                    ", avx512 or amx, got ", name);
-  const bool amx = name == isa_name(Isa::amx);
-  TORCH_CHECK(amx ? has_amx() : has_avx512(), "DRIFTAR_KERNELS_ISA=", name,
-              ", but this build, this processor or its kernel does not have ",
-              amx ? "AMX" : "AVX-512");
-  return amx ? Isa::amx : Isa::avx512;
+  for (const Isa isa : kBestFirst) {
+    if (name.empty() && has(isa)) return isa;
+    if (name != isa_name(isa)) continue;
+    TORCH_CHECK(has(isa), "DRIFTAR_KERNELS_ISA=", name,
+                ", but this build, this processor or its kernel does not have it");
+    return isa;
+  }
+  TORCH_CHECK_VALUE(false, "DRIFTAR_KERNELS_ISA must be ", isa_name(Isa::baseline),
+                    ", avx512, avx512_bf16 or amx, got ", name);
 }
 
 }  // namespace
@@ -51,8 +73,15 @@ Isa active_isa() {
   return isa;
 }
 
+Isa active_isa(Isa most) {
+  const Isa isa = std::min(active_isa(), most);
+  static const bool runs_bf16 = has_avx512_bf16();
+  return isa == Isa::avx512_bf16 && !runs_bf16 ? Isa::avx512 : isa;
+}
+
 const char* isa_name(Isa isa) {
   if (isa == Isa::amx) return "amx";
+  if (isa == Isa::avx512_bf16) return "avx512_bf16";
   if (isa == Isa::avx512) return "avx512";
 #if defined(__x86_64__) && !defined(DRIFTAR_PORTABLE)
   return "avx2";

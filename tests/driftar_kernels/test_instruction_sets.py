@@ -30,9 +30,8 @@ def test_there_is_a_baseline() -> None:
 @pytest.mark.parametrize("isa", BUILT)
 def test_self_check_passes_on(isa: str) -> None:
     result = run(isa)
-    for name in ("AVX-512", "AMX"):
-        if f"does not have {name}" in result.stderr:
-            pytest.skip(f"this processor has no {name}")
+    if "this processor or its kernel does not have it" in result.stderr:
+        pytest.skip(f"this processor has no {isa}")
     assert result.returncode == 0, result.stderr
     assert f"running {isa}" in result.stdout
     assert "cpu        not usable" not in result.stdout

@@ -1,12 +1,14 @@
-"""bf16 attention on AMX tiles, which multiply for blocks of 32 queries and more.
+"""bf16 attention where instructions multiply bf16.
 
-`make test-amx` runs this file anywhere, with the emulator of tests/amx_emulator.
+AVX512-BF16 multiplies everything, AMX tiles blocks of 32 queries and more. The cases hold on any
+instruction set; `make test-amx` runs them on AMX anywhere, with the emulator of tests/amx_emulator.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 import os
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from driftar_kernels import _library, attention, use_backend
+from driftar_kernels import attention, use_backend
 from tests.driftar_kernels.test_attention import check
 from tests.helpers.inputs import (
     LAYOUTS,
@@ -34,9 +36,6 @@ from tests.helpers.inputs import (
     trainable,
 )
 from tests.helpers.tolerance import assert_bitwise, assert_close_to_truth
-
-if _library.build_info.get("active_instruction_set") != "amx":
-    pytest.skip("make test-amx tests AMX where there is none", allow_module_level=True)
 
 EMULATED = "amx_emulator" in os.environ.get("LD_PRELOAD", "")
 on_emulator = pytest.mark.skipif(not EMULATED, reason="asks the emulator: make test-amx")
@@ -121,9 +120,20 @@ def test_lengths(queries: int, keys: int) -> None:
         check(*inputs(case, seed=keys), dict(keywords))
 
 
+@pytest.mark.parametrize("keys", [1, 2, 31, 33, 127, 128, 129, 300])
+@pytest.mark.parametrize("queries", [1, 2, 3, 4, 5, 7, 8, 9, 15])
+def test_few_queries(queries: int, keys: int) -> None:
+    """Up to eight rows take keys and values as they lie."""
+    for dim, value_dim in ((64, 64), (24, 17), (128, 160), (33, 48)):
+        case = replace(CASE, batch=1, queries=queries, keys=keys, dim=dim, value_dim=value_dim)
+        check(*inputs(case, seed=keys), {})
+        check(*inputs(case, seed=keys), {"is_causal": True, "query_offset": keys - queries})
+
+
+@pytest.mark.parametrize("queries", [1, 3, 70])
 @pytest.mark.parametrize("dim", [1, 8, 16, 31, 32, 33, 40, 64, 72, 80, 96, 128, 192, 256])
-def test_head_dimensions(dim: int) -> None:
-    case = replace(CASE, batch=1, dim=dim, value_dim=dim)
+def test_head_dimensions(dim: int, queries: int) -> None:
+    case = replace(CASE, batch=1, dim=dim, value_dim=dim, queries=queries)
     check(*inputs(case, seed=dim), {"is_causal": True, "query_offset": 33})
 
 
@@ -144,7 +154,7 @@ def test_map_in_one_pass_and_in_two(keys: int) -> None:
 
 @st.composite
 def combinations(draw: st.DrawFn) -> tuple[AttentionCase, Options]:
-    kv_heads, queries = draw(st.integers(1, 2)), draw(st.integers(32, 80))
+    kv_heads, queries = draw(st.integers(1, 2)), draw(st.integers(1, 80))
     tree = draw(st.booleans())
     keys = queries + draw(st.integers(0, 40)) if tree else draw(st.integers(1, 120))
     case = AttentionCase(
@@ -180,19 +190,16 @@ def test_any_combination(drawn: tuple[AttentionCase, Options]) -> None:
     check(*inputs(case), keywords)
 
 
-@pytest.mark.parametrize("name", ["causal", "gqa", "everything"])
-def test_gradients(name: str) -> None:
-    """What the forward pass keeps is what the backward pass expects."""
-    case = CASES[name]
+def check_gradients(case: AttentionCase, keywords: Options) -> None:
     query, key, value = inputs(case)
     weights = torch.linspace(-1, 1, case.value_dim)
 
     def gradients(dtype: torch.dtype | None) -> tuple[Tensor, ...]:
         leaves = trainable((query, key, value), dtype)
         if dtype is None:
-            result = run_attention(*leaves, case.keywords())
+            result = run_attention(*leaves, keywords)
         else:
-            result = attention_truth(*leaves, case.keywords(), dtype=dtype)  # type: ignore[assignment]
+            result = attention_truth(*leaves, keywords, dtype=dtype)  # type: ignore[assignment]
         assert result.entropy is not None
         loss = (result.out * weights.to(result.out.dtype)).sum() + result.entropy.sum()
         return torch.autograd.grad(loss, leaves)
@@ -201,6 +208,20 @@ def test_gradients(name: str) -> None:
         gradients(None), gradients(torch.float64), gradients(torch.bfloat16), strict=True
     ):
         assert_close_to_truth(found, truth, plain, factor=3, name="gradient")
+
+
+@pytest.mark.parametrize("entropy", ["head", "map"])
+@pytest.mark.parametrize("name", list(CASES))
+def test_gradients(name: str, entropy: str) -> None:
+    """What the forward pass keeps is what the backward pass expects."""
+    check_gradients(CASES[name], {**CASES[name].keywords(), "entropy": entropy})
+
+
+@pytest.mark.parametrize("queries, keys", [(2, 3), (1, 70), (3, 129), (65, 131), (130, 127)])
+@pytest.mark.parametrize("dim", [1, 31, 33, 64, 80])
+def test_gradients_of_shapes(dim: int, queries: int, keys: int) -> None:
+    case = replace(CASE, batch=1, queries=queries, keys=keys, dim=dim, value_dim=dim + 7)
+    check_gradients(case, {"is_causal": True, "query_offset": keys - queries})
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
@@ -240,6 +261,48 @@ def test_layout_does_not_change_a_bit(name: str, how: str) -> None:
     tensors = inputs(case)
     other = [in_layout(t, how) for t in tensors]
     assert_bitwise(run_attention(*tensors, case.keywords()), run_attention(*other, case.keywords()))
+
+
+@pytest.mark.parametrize("queries", [1, 3, 40])
+def test_rows_an_odd_number_apart_change_no_bit(queries: int) -> None:
+    """Such rows hold no pairs that could be read in place."""
+    tensors = inputs(replace(CASE, queries=queries, dim=64, value_dim=64))
+    other = [torch.cat((t, t[..., :1]), -1)[..., :64] for t in tensors]
+    assert all(t.stride(-2) % 2 == 1 for t in other)
+    assert_bitwise(attention(*tensors), attention(*other))
+
+
+PROT_NONE = 0  # of sys/mman.h
+
+
+def before_unmapped_memory(source: Tensor) -> Tensor:
+    """The same numbers, whose last one ends where memory that must not be touched begins."""
+    pages = -(-source.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory, pages))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), mmap.PAGESIZE, PROT_NONE) == 0
+    view = torch.frombuffer(
+        memory, dtype=source.dtype, count=source.numel(), offset=pages - source.nbytes
+    )
+    return view.view(source.shape).copy_(source)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the C library for pages")
+@pytest.mark.parametrize("queries, keys", [(1, 33), (5, 129), (20, 47), (67, 65)])
+@pytest.mark.parametrize("dim", [1, 31, 40, 64])
+def test_nothing_is_read_behind_the_end(dim: int, queries: int, keys: int) -> None:
+    case = replace(CASE, queries=queries, keys=keys, dim=dim, value_dim=dim)
+    tensors = inputs(case)
+    results = []
+    for leaves in (tensors, [before_unmapped_memory(t) for t in tensors]):
+        leaves = trainable(leaves) if leaves is tensors else [t.requires_grad_() for t in leaves]
+        result = attention(*leaves)
+        assert result.entropy is not None
+        gradient = before_unmapped_memory(torch.ones_like(result.out))
+        outputs = (result.out, result.entropy)
+        grads = torch.autograd.grad(outputs, leaves, (gradient, torch.ones_like(result.entropy)))
+        results.append((*result, *grads))
+    assert_bitwise(*results)
 
 
 def test_one_visible_key_is_exact() -> None:
