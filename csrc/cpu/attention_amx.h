@@ -5,7 +5,6 @@
 
 #include "amx.h"
 #include "attention_operands.h"
-#include "bf16.h"
 
 namespace driftar::cpu {
 namespace {

@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "gemm.h"
+#include "rows.h"
 #include "vector.h"
 
 #include "../common/online_softmax.h"
@@ -35,40 +36,8 @@ struct Scratch {
   }
 };
 
-// Asks for rows that will be read soon.
-template <typename T>
-void prefetch(Rows<T> rows, int64_t count, int64_t width) {
-  for (int64_t r = 0; r < count; ++r) {
-    for (int64_t c = 0; c < width; c += padding<T>) {
-      __builtin_prefetch(rows.at(r) + c, /*rw=*/0, /*locality=*/2);
-    }
-  }
-}
-
 // Rows between one that is copied and one that is asked for meanwhile.
 constexpr int64_t kRowsAhead = 16;
-
-// A row, filled up with zeros to its padded width.
-template <typename T>
-void copy_row(const T* row, int64_t width, T* target) {
-  std::copy_n(row, width, target);
-  std::fill(target + width, target + padded<T>(width), T(0));
-}
-
-#if defined(CPU_CAPABILITY_AVX512)
-// GCC would call functions for so short rows.
-inline void copy_row(const c10::BFloat16* row, int64_t width, c10::BFloat16* target) {
-  constexpr int64_t lanes = padding<c10::BFloat16>;
-  int64_t c = 0;
-  for (; c + lanes <= width; c += lanes) {
-    _mm512_storeu_si512(target + c, _mm512_loadu_si512(row + c));
-  }
-  if (c < width) {
-    const __mmask32 present = 0xffffffffu >> (c + lanes - width);
-    _mm512_storeu_si512(target + c, _mm512_maskz_loadu_epi16(present, row + c));
-  }
-}
-#endif
 
 // `count` rows of one head from `first` on into `buffer`, whose rows are padded with zeros.
 template <typename scalar_t, typename acc_t>
@@ -292,17 +261,6 @@ void store_rows(const acc_t* rows, int64_t stride, int64_t count, int64_t width,
       target[r * width + c] = static_cast<scalar_t>(rows[r * stride + c]);
     }
   }
-}
-
-template <typename T>
-bool all_finite(Rows<T> rows, int64_t count, int64_t width) {
-  Vector<T> sum(T(0));  // of x 0, which is NaN unless x is finite
-  for (int64_t r = 0; r < count; ++r) {
-    for (int64_t c = 0; c < width; c += Vector<T>::size()) {
-      sum = at::vec::fmadd(Vector<T>::loadu(rows.at(r) + c), Vector<T>(T(0)), sum);
-    }
-  }
-  return sum_of(sum) == T(0);
 }
 
 }  // namespace

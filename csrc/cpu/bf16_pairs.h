@@ -3,7 +3,8 @@
 // Products of bf16 matrices with fp32 sums on the vectors of AVX512-BF16, which multiply two
 // neighbouring elements of the depth at once. Only for files compiled with it.
 
-#include "bf16.h"
+#include "gemm.h"
+#include "rows.h"
 
 #include <c10/util/BFloat16.h>
 

@@ -50,15 +50,6 @@ struct Strided {
   Strided from(int64_t i, int64_t p) const { return {data + i * row + p * column, row, column}; }
 };
 
-template <typename T>
-struct Rows {
-  const T* data;
-  int64_t stride;
-
-  const T* at(int64_t r) const { return data + r * stride; }
-  Rows from(int64_t r) const { return {at(r), stride}; }
-};
-
 // A right operand as panels of kGemmColumns columns: element (p, j) lies at
 // data[j / kGemmColumns * panel + p * stride + j % kGemmColumns].
 template <typename T>

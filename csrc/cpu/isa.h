@@ -15,10 +15,10 @@ enum class Isa { baseline, avx512, avx512_bf16, amx };
 
 // The best one that was built and that this processor has, unless DRIFTAR_KERNELS_ISA names one.
 Isa active_isa();
-const char* isa_name(Isa isa);
 // The best one up to `most` that the active one stands for. An emulator of AMX may run where there
 // is no AVX512-BF16.
 Isa active_isa(Isa most);
+const char* isa_name(Isa isa);
 // Why not even the baseline runs on this processor; empty when it does.
 const char* isa_problem();
 
