@@ -156,7 +156,7 @@ _CPU = torch.device("cpu")
 
 
 def runs_cpp(op: str) -> bool:
-    """Whether CPU tensors given to ``op`` reach the C++ kernels. Small calls wait for this answer."""
+    """Whether CPU tensors given to ``op`` reach the C++ kernels; small calls wait for this."""
     if _choice.name is None and _process_default is None:
         return _library.native_error is None  # they come first in the default order
     return select(op, _CPU) == "cpu"

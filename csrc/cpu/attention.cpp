@@ -180,8 +180,7 @@ ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Te
       context.entropy == EntropyKind::none ? std::vector<int64_t>{0} : rows;
   const std::vector<int64_t> per_entropy =
       context.entropy == EntropyKind::map ? std::vector<int64_t>{rows[0], rows[2]} : per_row;
-  const Tensor out =
-      empty_large({rows[0], rows[1], rows[2], context.value_width}, query.options());
+  const Tensor out = empty_large({rows[0], rows[1], rows[2], context.value_width}, query.options());
   const Tensor lse = at::cpu::empty(rows, statistics), max_score = at::cpu::empty(rows, statistics);
   const Tensor entropy_out = at::cpu::empty(per_entropy, statistics);
   const Tensor entropy_norm = at::cpu::empty(per_entropy, statistics);
@@ -218,11 +217,11 @@ ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Te
                  : call.batch * call.key_heads * blocking.head_blocks * blocking.row_blocks;
     const int64_t map_tasks =
         map && !one_pass ? call.batch * blocks(call.query_length, kMapQueryBlock) : 0;
-    const int64_t slot_size =
-        one_pass ? map_forward_scratch(call)
-                 : std::max(forward_scratch(call, blocking.rows * blocking.heads,
-                                            forward_key_block(call)),
-                            map ? map_entropy_scratch(call) : int64_t{0});
+    const int64_t slot_size = one_pass
+                                  ? map_forward_scratch(call)
+                                  : std::max(forward_scratch(call, blocking.rows * blocking.heads,
+                                                             forward_key_block(call)),
+                                             map ? map_entropy_scratch(call) : int64_t{0});
     // A small call does not pay for scratch of threads that have nothing to do.
     const int64_t most_tasks = std::max({tasks, map_tasks, panels.tasks});
     const Tensor scratch =

@@ -300,11 +300,10 @@ void forward_columns(const AttentionForward<scalar_t>& call, const QueryBlock<sc
                                             tile.columns, call.width, key_buffer);
       const Rows<stored_t> value_rows = load_rows(call.value, block.b, block.key_head(), column,
                                                   tile.columns, call.value_width, value_buffer);
-      const bool guarded = is_partial(block, tile) &&
-                           !all_finite(value_rows, tile.columns,
-                                       whole_vectors<stored_t>(call.value_width));
-      const auto values =
-          right_operand(value_rows, tile.columns, call.value_width, packed_values);
+      const bool guarded =
+          is_partial(block, tile) &&
+          !all_finite(value_rows, tile.columns, whole_vectors<stored_t>(call.value_width));
+      const auto values = right_operand(value_rows, tile.columns, call.value_width, packed_values);
       const Rows<element_t> left = left_operand(keys);
       const bool counted = wants_entropy && column >= call.entropy_from;
       for_each_strip(block, tile, group, [&](const Strip& strip) {
@@ -318,9 +317,11 @@ void forward_columns(const AttentionForward<scalar_t>& call, const QueryBlock<sc
         hide_columns(block, tile, strip, scores, bias,
                      counts && counted ? support.data() + strip.first : nullptr);
         acc_t* strip_out = out + strip.first * out_stride;
-        (narrow ? softmax_columns<1, acc_t> : softmax_columns<2, acc_t>)(
-            statistics, strip.first, strip.rows, scores, strip.columns,
-            counted && call.entropy == EntropyKind::head, strip_out, out_stride, value_width);
+        (narrow ? softmax_columns<1, acc_t>
+                : softmax_columns<2, acc_t>)(statistics, strip.first, strip.rows, scores,
+                                             strip.columns,
+                                             counted && call.entropy == EntropyKind::head,
+                                             strip_out, out_stride, value_width);
         if constexpr (kPaired<element_t>) {
           narrow_interleaved({scores, group}, strip.columns, narrow ? lanes : group, rounded);
         }
@@ -348,7 +349,8 @@ void forward_columns(const AttentionForward<scalar_t>& call, const QueryBlock<sc
     for (int64_t r = first; r < last; ++r) {
       store_row(call, block, r, result.row(r - first), out + r * out_stride);
     }
-    if (kept.scores != nullptr) std::copy_n(result.entropy_inverse, last - first, kept.inverses + first);
+    if (kept.scores != nullptr)
+      std::copy_n(result.entropy_inverse, last - first, kept.inverses + first);
   }
 }
 

@@ -1,7 +1,7 @@
 #pragma once
 
-// Few queries with keys as they lie: their scores have a row each, since lanes of a vector would stay
-// idle. Only for kernel files.
+// Few queries with keys as they lie: their scores have a row each, since lanes of a vector would
+// stay idle. Only for kernel files.
 
 #include "attention_tile.h"
 

@@ -116,8 +116,7 @@ void forward_block_by(const AttentionForward<scalar_t>& call, const QueryBlock<s
     const int64_t size = counts          ? support[r]
                          : wants_entropy ? support_size(call, block.b, block.query_of(r))
                                          : 0;
-    store_row(call, block, r,
-              row_result(all, from > 0 ? counted[r] : all, size, call.normalize),
+    store_row(call, block, r, row_result(all, from > 0 ? counted[r] : all, size, call.normalize),
               out + r * out_stride);
   }
 }

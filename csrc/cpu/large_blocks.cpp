@@ -47,9 +47,9 @@ size_t store_limit() {
   const char* value = std::getenv("DRIFTAR_KERNELS_CACHE_MB");
   if (value == nullptr || *value == '\0') return kDefaultMegabytes << 20;
   const std::string digits = value;
-  TORCH_CHECK_VALUE(digits.find_first_not_of("0123456789") == std::string::npos &&
-                        digits.size() <= 9,
-                    "DRIFTAR_KERNELS_CACHE_MB must be a number of megabytes, got ", digits);
+  TORCH_CHECK_VALUE(
+      digits.find_first_not_of("0123456789") == std::string::npos && digits.size() <= 9,
+      "DRIFTAR_KERNELS_CACHE_MB must be a number of megabytes, got ", digits);
   return std::stoull(digits) << 20;
 }
 

@@ -86,9 +86,7 @@ def test_results_can_grow() -> None:
 
 def test_threads_get_blocks_of_their_own() -> None:
     def check(seed: int) -> bool:
-        return all(
-            torch.equal(large(seed=seed), normal(ROWS, WIDTH, seed=seed)) for _ in range(5)
-        )
+        return all(torch.equal(large(seed=seed), normal(ROWS, WIDTH, seed=seed)) for _ in range(5))
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(check, range(8)))
