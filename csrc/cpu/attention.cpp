@@ -153,8 +153,8 @@ struct PanelStorage {
       panels.count = panels.split_panel + blocks(call.key_length - panels.split_key, kPanelKeys);
       tasks = call.batch * call.key_heads * panels.count;
       const int64_t value_width = padded<accumulate_t<scalar_t>>(call.value_width);
-      keys = at::cpu::empty({tasks * kPanelKeys, padded<scalar_t>(call.width)}, options);
-      values = at::cpu::empty({tasks * kPanelKeys, value_width}, options);
+      keys = empty_large({tasks * kPanelKeys, padded<scalar_t>(call.width)}, options);
+      values = empty_large({tasks * kPanelKeys, value_width}, options);
       finite = at::cpu::empty({tasks}, options.dtype(at::kByte));
       panels.keys = keys.template mutable_data_ptr<scalar_t>();
       panels.values = values.template mutable_data_ptr<scalar_t>();
@@ -225,7 +225,7 @@ ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Te
     // A small call does not pay for scratch of threads that have nothing to do.
     const int64_t most_tasks = std::max({tasks, map_tasks, panels.tasks});
     const Tensor scratch =
-        at::cpu::empty({std::min(thread_count(), most_tasks), slot_size}, statistics);
+        empty_large({std::min(thread_count(), most_tasks), slot_size}, statistics);
     acc_t* memory = scratch.mutable_data_ptr<acc_t>();
     const auto forward = [&](auto isa) {
       using Kernel = AttentionKernel<decltype(isa)::value, scalar_t>;
@@ -311,11 +311,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
     const int64_t tiles = blocks(context.key_length, BackwardBlocks(call).keys);
     call.splits = std::clamp<int64_t>(blocks(thread_count(), units), 1, tiles);
     const int64_t gathered = heads * context.query_length * padded<acc_t>(context.width);
-    const Tensor queries = at::cpu::empty(
+    const Tensor queries = empty_large(
         {call.splits > 1 ? call.splits * units : thread_count(), gathered}, statistics);
     acc_t* grad_queries = queries.mutable_data_ptr<acc_t>();
     const int64_t slot_size = backward_scratch(call);
-    const Tensor scratch = at::cpu::empty({thread_count(), slot_size}, statistics);
+    const Tensor scratch = empty_large({thread_count(), slot_size}, statistics);
     acc_t* memory = scratch.mutable_data_ptr<acc_t>();
     dispatch_isa<kVectorIsa<scalar_t>>([&](auto isa) {
       using Kernel = AttentionKernel<decltype(isa)::value, scalar_t>;

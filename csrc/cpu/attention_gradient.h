@@ -57,7 +57,7 @@ RowGradient<acc_t> row_gradient(const AttentionBackward<scalar_t>& call,
   RowGradient<acc_t> row{lse, acc_t(1), call.delta[i], acc_t(0), acc_t(0)};
   if (counted && call.entropy_lse[i] != kHidden<acc_t>) {
     row.shift = call.entropy_lse[i];
-    row.share = std::exp(row.shift - lse);
+    if (row.shift != lse) row.share = std::exp(row.shift - lse);  // all keys count, as a rule
     const bool map = call.entropy == EntropyKind::map;
     row.weight = map ? call.entropy_weight[block.b * call.query_length + block.query_of(r)] /
                            static_cast<acc_t>(call.query_heads)

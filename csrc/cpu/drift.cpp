@@ -71,7 +71,7 @@ struct BlockMemory {
     }
     slot_size =
         std::max(block_scratch<acc_t>(call.height, call.points), padded * kPanelWidth<acc_t>);
-    scratch = at::cpu::empty({thread_count(), slot_size}, options);
+    scratch = empty_large({thread_count(), slot_size}, options);
   }
 };
 
@@ -95,7 +95,7 @@ void each_problem(const DriftBatch<T>& call, const at::TensorOptions& options, B
   dispatch_isa([&](auto isa) {
     using Kernel = DriftBatchKernel<decltype(isa)::value, T>;
     const int64_t slot_size = Kernel::scratch(call);
-    const Tensor scratch = at::cpu::empty({thread_count(), slot_size}, options);
+    const Tensor scratch = empty_large({thread_count(), slot_size}, options);
     auto* memory = scratch.mutable_data_ptr<accumulate_t<T>>();
     parallel_for(call.batch,
                  [&](int64_t b, int64_t slot) { body(Kernel{}, b, memory + slot * slot_size); });

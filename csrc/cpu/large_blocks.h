@@ -10,6 +10,6 @@ namespace driftar::cpu {
 // when it is freed, goes back to a store of at most DRIFTAR_KERNELS_CACHE_MB.
 at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options);
 
-constexpr size_t kLargeBytes = 1 << 22;
+constexpr size_t kLargeBytes = 1 << 20;
 
 }  // namespace driftar::cpu
