@@ -311,9 +311,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
     const int64_t tiles = blocks(context.key_length, BackwardBlocks(call).keys);
     call.splits = std::clamp<int64_t>(blocks(thread_count(), units), 1, tiles);
     const int64_t gathered = heads * context.query_length * padded<acc_t>(context.width);
-    const Tensor queries = empty_large(
-        {call.splits > 1 ? call.splits * units : thread_count(), gathered}, statistics);
-    acc_t* grad_queries = queries.mutable_data_ptr<acc_t>();
+    // Rows that need no padding gather in the result.
+    const bool in_place = std::is_same_v<scalar_t, acc_t> && call.splits == 1 &&
+                          padded<acc_t>(context.width) == context.width;
+    const int64_t parts = in_place ? 0 : call.splits > 1 ? call.splits * units : thread_count();
+    const Tensor queries = empty_large({parts, gathered}, statistics);
+    acc_t* grad_queries =
+        in_place ? grad_query.mutable_data_ptr<acc_t>() : queries.mutable_data_ptr<acc_t>();
     const int64_t slot_size = backward_scratch(call);
     const Tensor scratch = empty_large({thread_count(), slot_size}, statistics);
     acc_t* memory = scratch.mutable_data_ptr<acc_t>();
@@ -326,10 +330,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
       parallel_for(call.batch * call.query_heads,
                    [&](int64_t task, int64_t) { Kernel::row_deltas(call, task); });
       parallel_for(call.splits * units, [&](int64_t task, int64_t slot) {
-        acc_t* own = grad_queries + (call.splits > 1 ? task : slot) * gathered;
+        acc_t* own = grad_queries + (in_place || call.splits > 1 ? task : slot) * gathered;
         std::fill(own, own + gathered, acc_t(0));
         Kernel::backward(call, task, own, memory + slot * slot_size);
-        if (call.splits == 1) store(task, own);
+        if (call.splits == 1 && !in_place) store(task, own);
       });
       if (call.splits == 1) return;
       parallel_for(units,
