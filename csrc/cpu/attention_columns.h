@@ -122,9 +122,17 @@ void forward_columns(const AttentionForward<scalar_t>& call, const QueryBlock<sc
       const auto values = right_operand(value_rows, tile.columns, call.value_width, packed_values);
       const Rows<element_t> left = left_operand(keys);
       const bool counted = wants_entropy && column >= call.entropy_from;
+      // The next keys and values are asked for in portions, while there is something to compute.
+      const int64_t coming = std::min(last - column - tile.columns, key_block);
+      const int64_t portion = (coming * group + rows - 1) / rows;
       for_each_strip(block, tile, group, [&](const Strip& strip) {
         acc_t* scores = keep ? kept.scores + strip.first * kept.stride : tile_scores;
         const bool narrow = strip.rows <= lanes;
+        const int64_t ahead = strip.first / group * portion;
+        const int64_t asked = std::min(portion, coming - ahead);
+        prefetch(keys.from(tile.columns + ahead), keys.data == key_buffer ? 0 : asked, call.width);
+        prefetch(value_rows.from(tile.columns + ahead), value_rows.data == value_buffer ? 0 : asked,
+                 call.value_width);
         const element_t* queries = packed + strip.first * depth;
         multiply(strip.columns, narrow ? lanes : group, elements<element_t>(call.width),
                  kPaired<element_t> ? call.scale : acc_t(1),
