@@ -40,7 +40,9 @@ def test_unpatchify_names_a_bad_shape(shape: tuple[int, ...]) -> None:
 def test_sinusoid_matches_published_numbers() -> None:
     numbers = golden.tensors("C_mar_forward")
     features = sinusoid(numbers["head_t"], 256)
-    golden.assert_near(features, numbers["head_timestep_sinusoid"], 1e-6)
+    # Processors round the exponential behind a frequency differently, and time multiplies that.
+    rounding = float(numbers["head_t"].max()) * torch.finfo(torch.float32).eps
+    golden.assert_near(features, numbers["head_timestep_sinusoid"], rounding)
 
 
 def test_attention_equals_pytorch() -> None:
