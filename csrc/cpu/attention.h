@@ -115,7 +115,7 @@ constexpr int64_t kDotRows = 2;
 // Keys per block of as few queries as one matrix product takes, which looks at the values twice: in
 // the first-level cache.
 constexpr int64_t kFewKeyBlock = 128;
-// Queries per block: at most, since the keys are packed anew for every block. As few as give every
+// Queries per block: at most, since the keys are read anew for every block. As few as give every
 // thread several blocks, down to the second number; fewer only for threads that would have none.
 constexpr int64_t kQueryBlock = 512;
 constexpr int64_t kMinQueryBlock = 64;

@@ -13,9 +13,9 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
-#include <limits>
 #include <list>
 #include <memory>
 #include <mutex>
@@ -59,8 +59,8 @@ class Store {
  public:
   explicit Store(size_t limit) : limit_(limit) {}
 
-  // A block that is large enough without wasting a quarter of it, or none. One that was not fit for
-  // use makes room: sizes that are no longer asked for must not fill the store.
+  // A block that is large enough without wasting a quarter of it, or none. Then the oldest ones
+  // make room for the new one: sizes that are no longer asked for must not fill the store.
   std::unique_ptr<Block> take(size_t size) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock.owns_lock()) return nullptr;
