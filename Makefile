@@ -43,16 +43,19 @@ seeds: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "not slow"
 
-# bf16 attention on AMX, whose instructions an emulator carries out. It handles the signal that
-# pytest's own fault handler would take.
+# bf16 attention on AMX. Where the processor has none an emulator carries out its instructions; it
+# handles the signal that pytest's own fault handler would take.
 AMX_EMULATOR := $(abspath build/libamx_emulator.so)
+PRELOAD_AMX = $(if $(shell grep -m1 -o amx_bf16 /proc/cpuinfo),,LD_PRELOAD=$(AMX_EMULATOR))
 
 $(AMX_EMULATOR): tests/amx_emulator/emulator.cpp
 	mkdir -p $(@D)
 	$(CXX) -std=c++20 -O3 -march=native -Wall -Wextra -shared -fPIC -o $@ $<
 
 test-amx: $(VENV)/.ready $(AMX_EMULATOR)
-	LD_PRELOAD=$(AMX_EMULATOR) DRIFTAR_KERNELS_ISA=amx $(BIN)/python -m pytest -q -n auto \
+	@grep -qm1 avx512_bf16 /proc/cpuinfo || \
+		{ echo "the AMX kernels also use AVX512-BF16, which this processor does not have"; exit 1; }
+	$(PRELOAD_AMX) DRIFTAR_KERNELS_ISA=amx $(BIN)/python -m pytest -q -n auto \
 		-p no:faulthandler -k "attention_bf16 or (cpu and bf16)" $(wildcard tests/driftar_kernels/test_attention*.py)
 
 # Triton comes with CUDA builds of PyTorch; elsewhere it is installed here.

@@ -5,10 +5,9 @@
 
 #include <immintrin.h>
 
-#include <c10/util/BFloat16.h>
-
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 
 namespace driftar::cpu {
 namespace {
@@ -18,6 +17,8 @@ namespace {
 constexpr int64_t kTileRows = 16, kTileColumns = 16, kTileDepth = 32;
 constexpr int64_t kTileBytes = 64;  // of a row
 constexpr int64_t kTileSize = kTileDepth * kTileColumns;
+
+constexpr int64_t tiles(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 // Palette 1, and the size of each of the eight registers.
 struct alignas(64) TileShapes {
@@ -38,17 +39,26 @@ class TileRegisters {
   TileRegisters& operator=(const TileRegisters&) = delete;
 };
 
-// A right operand as tiles of B; steps in elements from tile to tile.
-struct TileOperand {
-  const c10::BFloat16* data;
-  int64_t depth_step, column_step;
+// An operand in tiles; steps in bytes.
+struct Tiles {
+  const char* data;
+  int64_t row;            // from row to row of a tile
+  int64_t depth, across;  // from tile to tile along the depth and along rows of A or columns of B
+
+  Tiles(const void* first, int64_t row_step, int64_t depth_step, int64_t across_step)
+      : data(static_cast<const char*>(first)),
+        row(row_step),
+        depth(depth_step),
+        across(across_step) {}
+
+  Tiles from(int64_t tile) const { return {data + tile * across, row, depth, across}; }
+  Tiles deeper(int64_t tile) const { return {data + tile * depth, row, depth, across}; }
 };
 
 // c[ROWS, COLUMNS tiles] (+)= a b
 template <int ROWS, int COLUMNS>
-void multiply_tile_block(int64_t depth, const c10::BFloat16* a, int64_t stride_a, TileOperand b,
-                         bool add, float* c, int64_t stride_c) {
-  const int64_t a_bytes = stride_a * sizeof(c10::BFloat16), c_bytes = stride_c * sizeof(float);
+void multiply_tile_block(int64_t depth, Tiles a, Tiles b, bool add, float* c, int64_t stride_c) {
+  const int64_t c_bytes = stride_c * sizeof(float);
   float* const lower = c + kTileRows * stride_c;
   if (add) {
     _tile_loadd(0, c, c_bytes);
@@ -62,17 +72,17 @@ void multiply_tile_block(int64_t depth, const c10::BFloat16* a, int64_t stride_a
     if constexpr (ROWS > 1 && COLUMNS > 1) _tile_zero(3);
   }
   for (int64_t p = 0; p < depth; ++p) {
-    const c10::BFloat16* left = a + p * kTileDepth;
-    const c10::BFloat16* right = b.data + p * b.depth_step;
-    _tile_loadd(4, left, a_bytes);
-    _tile_loadd(6, right, kTileBytes);
+    const char* left = a.data + p * a.depth;
+    const char* right = b.data + p * b.depth;
+    _tile_loadd(4, left, a.row);
+    _tile_loadd(6, right, b.row);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (COLUMNS > 1) {
-      _tile_loadd(7, right + b.column_step, kTileBytes);
+      _tile_loadd(7, right + b.across, b.row);
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (ROWS > 1) {
-      _tile_loadd(5, left + kTileRows * stride_a, a_bytes);
+      _tile_loadd(5, left + a.across, a.row);
       _tile_dpbf16ps(2, 5, 6);
     }
     if constexpr (ROWS > 1 && COLUMNS > 1) _tile_dpbf16ps(3, 5, 7);
@@ -83,24 +93,29 @@ void multiply_tile_block(int64_t depth, const c10::BFloat16* a, int64_t stride_a
   if constexpr (ROWS > 1 && COLUMNS > 1) _tile_stored(3, lower + kTileColumns, c_bytes);
 }
 
-// C = A B, added to C with `add`. Sizes in tiles; A and C are row-major.
-inline void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, const c10::BFloat16* a,
-                           int64_t stride_a, TileOperand b, bool add, float* c, int64_t stride_c) {
+// C = A B, added to C with `add`. Sizes in tiles; C is row-major.
+inline void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, Tiles a, Tiles b, bool add,
+                           float* c, int64_t stride_c) {
   // The loads do not tell the compiler that they read memory: what was stored must be there.
   std::atomic_signal_fence(std::memory_order_seq_cst);
-  for (int64_t i = 0; i < rows; i += 2) {
-    const bool two_rows = i + 1 < rows;
-    const c10::BFloat16* left = a + i * kTileRows * stride_a;
-    for (int64_t j = 0; j < columns; j += 2) {
-      const bool two_columns = j + 1 < columns;
-      const auto block = two_rows
-                             ? two_columns ? multiply_tile_block<2, 2> : multiply_tile_block<2, 1>
-                         : two_columns ? multiply_tile_block<1, 2>
-                                       : multiply_tile_block<1, 1>;
-      block(depth, left, stride_a, {b.data + j * b.column_step, b.depth_step, b.column_step}, add,
-            c + i * kTileRows * stride_c + j * kTileColumns, stride_c);
+  const auto strip = [&](auto width, int64_t j) {
+    constexpr int COLUMNS = decltype(width)::value;
+    float* own = c + j * kTileColumns;
+    const Tiles right = b.from(j);
+    int64_t i = 0;
+    for (; i + 2 <= rows; i += 2) {
+      multiply_tile_block<2, COLUMNS>(depth, a.from(i), right, add, own + i * kTileRows * stride_c,
+                                      stride_c);
     }
-  }
+    if (i < rows) {
+      multiply_tile_block<1, COLUMNS>(depth, a.from(i), right, add, own + i * kTileRows * stride_c,
+                                      stride_c);
+    }
+  };
+  int64_t j = 0;
+  for (; j + 2 <= columns; j += 2) strip(std::integral_constant<int, 2>{}, j);
+  if (j < columns) strip(std::integral_constant<int, 1>{}, j);
+  std::atomic_signal_fence(std::memory_order_seq_cst);
 }
 
 }  // namespace

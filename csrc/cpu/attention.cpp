@@ -23,13 +23,9 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-// The best instruction sets that the kernels of a dtype are built for: forward, and the others.
+// The best instruction set that the kernels of a dtype are built for.
 template <typename scalar_t>
-constexpr bool kIsBf16 = std::is_same_v<scalar_t, at::BFloat16>;
-template <typename scalar_t>
-constexpr Isa kTileIsa = kIsBf16<scalar_t> ? Isa::amx : Isa::avx512;
-template <typename scalar_t>
-constexpr Isa kVectorIsa = kIsBf16<scalar_t> ? Isa::avx512_bf16 : Isa::avx512;
+constexpr Isa kBestIsa = std::is_same_v<scalar_t, at::BFloat16> ? Isa::amx : Isa::avx512;
 
 template <typename T>
 Operand<const T> operand(const Tensor& x) {
@@ -133,36 +129,6 @@ T* data_or_null(const Tensor& x) {
   return x.numel() == 0 ? nullptr : x.mutable_data_ptr<T>();
 }
 
-// The memory of a call's panels.
-struct PanelStorage {
-  Tensor keys, values, finite;
-  int64_t tasks = 0;  // panels to fill
-
-  // Nothing, unless AMX has whole strips to multiply.
-  template <typename scalar_t>
-  PanelStorage(AttentionForward<scalar_t>& call, bool one_pass, const at::TensorOptions& options) {
-    if constexpr (kTileIsa<scalar_t> == Isa::amx) {
-      if (one_pass || active_isa() != Isa::amx ||
-          call.blocking.rows * call.blocking.heads < kAmxRows) {
-        return;
-      }
-      PackedPanels<scalar_t>& panels = call.panels;
-      panels.split_key =
-          call.entropy == EntropyKind::none ? 0 : std::min(call.entropy_from, call.key_length);
-      panels.split_panel = blocks(panels.split_key, kPanelKeys);
-      panels.count = panels.split_panel + blocks(call.key_length - panels.split_key, kPanelKeys);
-      tasks = call.batch * call.key_heads * panels.count;
-      const int64_t value_width = padded<accumulate_t<scalar_t>>(call.value_width);
-      keys = empty_large({tasks * kPanelKeys, padded<scalar_t>(call.width)}, options);
-      values = empty_large({tasks * kPanelKeys, value_width}, options);
-      finite = at::cpu::empty({tasks}, options.dtype(at::kByte));
-      panels.keys = keys.template mutable_data_ptr<scalar_t>();
-      panels.values = values.template mutable_data_ptr<scalar_t>();
-      panels.finite = finite.template mutable_data_ptr<uint8_t>();
-    }
-  }
-};
-
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -210,7 +176,6 @@ ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Te
     call.blocking = map ? map_blocking(call) : QueryBlocking{};
     const bool one_pass = call.blocking.rows > 0;
     if (!one_pass) call.blocking = query_blocking(call, thread_count());
-    const PanelStorage panels(call, one_pass, query.options());
     const QueryBlocking& blocking = call.blocking;
     const int64_t tasks =
         one_pass ? call.batch * blocking.row_blocks
@@ -223,32 +188,24 @@ ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Te
                                                              forward_key_block(call)),
                                              map ? map_entropy_scratch(call) : int64_t{0});
     // A small call does not pay for scratch of threads that have nothing to do.
-    const int64_t most_tasks = std::max({tasks, map_tasks, panels.tasks});
+    const int64_t most_tasks = std::max(tasks, map_tasks);
     const Tensor scratch =
         empty_large({std::min(thread_count(), most_tasks), slot_size}, statistics);
     acc_t* memory = scratch.mutable_data_ptr<acc_t>();
-    const auto forward = [&](auto isa) {
+    dispatch_isa<kBestIsa<scalar_t>>([&](auto isa) {
       using Kernel = AttentionKernel<decltype(isa)::value, scalar_t>;
-      if constexpr (decltype(isa)::value == Isa::amx) {
-        parallel_for(panels.tasks, [&](int64_t task, int64_t slot) {
-          Kernel::pack(call, task, memory + slot * slot_size);
+      const auto run = [&](int64_t count, auto kernel) {
+        parallel_for(count, [&](int64_t task, int64_t slot) {
+          kernel(call, task, memory + slot * slot_size);
         });
+      };
+      if (one_pass) {
+        run(tasks, Kernel::map_forward);
+      } else {
+        run(tasks, Kernel::forward);
+        if (map) run(map_tasks, Kernel::map_entropy);
       }
-      parallel_for(tasks, [&](int64_t task, int64_t slot) {
-        Kernel::forward(call, task, memory + slot * slot_size);
-      });
-    };
-    const auto average = [&](auto isa) {
-      using Kernel = AttentionKernel<decltype(isa)::value, scalar_t>;
-      parallel_for(one_pass ? tasks : map_tasks, [&](int64_t task, int64_t slot) {
-        (one_pass ? Kernel::map_forward : Kernel::map_entropy)(call, task,
-                                                               memory + slot * slot_size);
-      });
-    };
-    // Without panels there is nothing for tiles to multiply.
-    const Isa most = call.panels.keys == nullptr ? Isa::avx512_bf16 : Isa::amx;
-    if (!one_pass) dispatch_isa<kTileIsa<scalar_t>>(forward, most);
-    if (map) dispatch_isa<kVectorIsa<scalar_t>>(average);
+    });
   });
   return result;
 }
@@ -302,27 +259,31 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
     call.grad_key = grad_key.mutable_data_ptr<scalar_t>();
     call.grad_value = grad_value.mutable_data_ptr<scalar_t>();
 
-    // A unit is what one task differentiates: the query heads of a key head, or all with "map".
-    // Enough tasks share its keys to occupy every thread; each then gathers gradients of its
-    // queries apart, while tasks that have a unit to themselves reuse their thread's memory.
-    const int64_t units_per_sample = map ? 1 : context.key_heads;
-    const int64_t units = context.batch * units_per_sample;
-    const int64_t heads = context.query_heads / units_per_sample;
-    const int64_t tiles = blocks(context.key_length, BackwardBlocks(call).keys);
-    call.splits = std::clamp<int64_t>(blocks(thread_count(), units), 1, tiles);
-    const int64_t gathered = heads * context.query_length * padded<acc_t>(context.width);
-    // Rows that need no padding gather in the result.
-    const bool in_place = std::is_same_v<scalar_t, acc_t> && call.splits == 1 &&
-                          padded<acc_t>(context.width) == context.width;
-    const int64_t parts = in_place ? 0 : call.splits > 1 ? call.splits * units : thread_count();
-    const Tensor queries = empty_large({parts, gathered}, statistics);
-    acc_t* grad_queries =
-        in_place ? grad_query.mutable_data_ptr<acc_t>() : queries.mutable_data_ptr<acc_t>();
-    const int64_t slot_size = backward_scratch(call);
-    const Tensor scratch = empty_large({thread_count(), slot_size}, statistics);
-    acc_t* memory = scratch.mutable_data_ptr<acc_t>();
-    dispatch_isa<kVectorIsa<scalar_t>>([&](auto isa) {
+    dispatch_isa<kBestIsa<scalar_t>>([&](auto isa) {
       using Kernel = AttentionKernel<decltype(isa)::value, scalar_t>;
+      // A unit is what one task differentiates: the query heads of a key head, or all with "map".
+      // Enough tasks share its keys to occupy every thread; each then gathers gradients of its
+      // queries apart, while tasks that have a unit to themselves reuse their thread's memory.
+      const int64_t units_per_sample = map ? 1 : context.key_heads;
+      const int64_t units = context.batch * units_per_sample;
+      const int64_t heads = context.query_heads / units_per_sample;
+      const bool on_tiles = differentiates_tiles<decltype(isa)::value>(call);
+      const int64_t tiles = blocks(context.key_length, BackwardBlocks(call, on_tiles).keys);
+      call.splits = std::clamp<int64_t>(blocks(thread_count(), units), 1, tiles);
+      const int64_t gathered = gathered_size(call, heads, on_tiles);
+      // Rows that need no padding gather in the result.
+      const bool in_place = std::is_same_v<scalar_t, acc_t> && call.splits == 1 &&
+                            padded<acc_t>(context.width) == context.width;
+      const int64_t parts = in_place ? 0 : call.splits > 1 ? call.splits * units : thread_count();
+      const Tensor queries = empty_large({parts, gathered}, statistics);
+      acc_t* grad_queries = nullptr;
+      if constexpr (std::is_same_v<scalar_t, acc_t>) {
+        if (in_place) grad_queries = call.grad_query;
+      }
+      if (!in_place) grad_queries = queries.mutable_data_ptr<acc_t>();
+      const int64_t slot_size = backward_scratch(call, on_tiles);
+      const Tensor scratch = empty_large({thread_count(), slot_size}, statistics);
+      acc_t* memory = scratch.mutable_data_ptr<acc_t>();
       const auto store = [&](int64_t unit, acc_t* gradients) {
         Kernel::store_queries(call, unit / units_per_sample, unit % units_per_sample * heads, heads,
                               gradients, call.splits, units * gathered);

@@ -35,28 +35,6 @@ struct Visibility {
   int64_t mask_batch, mask_head, mask_row, mask_column;
 };
 
-// Keys of a panel, the depth of an AMX tile.
-constexpr int64_t kPanelKeys = 32;
-
-// Keys and values of all heads in panels of kPanelKeys, as AMX multiplies them. The keys that count
-// for the entropy begin a panel of their own, so that tiles of keys are whole panels.
-template <typename scalar_t>
-struct PackedPanels {
-  scalar_t* keys = nullptr;    // [B, Hkv, panels, kPanelKeys * D padded to 32]
-  scalar_t* values = nullptr;  // [B, Hkv, panels, kPanelKeys * Dv padded to 16]
-  uint8_t* finite = nullptr;   // [B, Hkv, panels]: whether all values are
-  int64_t count = 0;           // panels of a head
-  int64_t split_key = 0, split_panel = 0;
-
-  int64_t panel_of(int64_t key) const {
-    return key < split_key ? key / kPanelKeys : split_panel + (key - split_key) / kPanelKeys;
-  }
-  int64_t first_key(int64_t panel) const {
-    return panel < split_panel ? panel * kPanelKeys
-                               : split_key + (panel - split_panel) * kPanelKeys;
-  }
-};
-
 template <typename scalar_t>
 struct AttentionShape {
   using acc_t = accumulate_t<scalar_t>;
@@ -66,7 +44,6 @@ struct AttentionShape {
   int64_t entropy_from;
   Operand<const scalar_t> query, key, value;
   Visibility visibility;
-  PackedPanels<scalar_t> panels;  // empty where vectors multiply
 };
 
 // How the queries are dealt out: blocks of `rows` queries of `heads` heads that share a key head.
@@ -110,6 +87,9 @@ struct AttentionBackward : AttentionShape<scalar_t> {
 
 // Keys per block.
 constexpr int64_t kKeyBlock = 256;
+// Keys of a block that a group of many queries takes at a time: its scores, its weights and its
+// sums of values stay in the first-level cache, past which the keys stream.
+constexpr int64_t kStepKeys = 64;
 // Up to so many queries gather products with every key apart.
 constexpr int64_t kDotRows = 2;
 // Keys per block of as few queries as one matrix product takes, which looks at the values twice: in
@@ -122,10 +102,11 @@ constexpr int64_t kMinQueryBlock = 64;
 // Blocks of the backward pass, whose tiles of scores and of their gradients stay in the L2 cache.
 constexpr int64_t kBackwardQueryBlock = 64;
 constexpr int64_t kBackwardKeyBlock = 128;
+// The same on AMX.
+constexpr int64_t kTileQueryBlock = 128;
+constexpr int64_t kTileKeyBlock = 256;
 // Rows that a matrix product takes together, at most.
 constexpr int64_t kMaxGemmRows = 8;
-// Rows that AMX takes together. Blocks of fewer are bound by reading the keys.
-constexpr int64_t kAmxRows = 32;
 // Of long rows, the entropy of the head-averaged map holds one tile of every head at once.
 constexpr int64_t kMapQueryBlock = 64;
 constexpr int64_t kMapKeyBlock = 64;
@@ -182,12 +163,6 @@ QueryBlocking map_blocking(const AttentionShape<scalar_t>& shape) {
   return result;
 }
 
-// Rows that AMX may write behind those of a block.
-template <typename scalar_t>
-int64_t amx_slack(const AttentionShape<scalar_t>& shape) {
-  return shape.panels.keys == nullptr ? 0 : kAmxRows;
-}
-
 // `rows` in groups of which any instruction set fills two vectors, with one more.
 template <typename scalar_t>
 int64_t whole_groups_and_one(int64_t rows) {
@@ -203,14 +178,14 @@ int64_t forward_scratch(const AttentionForward<scalar_t>& call, int64_t rows, in
   // Rows are kept as they are where they multiply so, which pads them to more elements.
   const int64_t width = padded<scalar_t>(call.width);
   const int64_t value_width = padded<scalar_t>(call.value_width);
-  // AMX writes whole strips. Products of bf16 take values and weights a second time, in pairs.
-  const bool amx = call.panels.keys != nullptr, narrow = sizeof(scalar_t) < sizeof(acc_t);
+  // Products of bf16 take values and weights a second time, in pairs.
+  const bool narrow = sizeof(scalar_t) < sizeof(acc_t);
   const bool selected = call.visibility.mask != nullptr || call.visibility.ancestors != nullptr;
-  const int64_t written = whole_groups_and_one<scalar_t>(rows + amx_slack(call));
+  const int64_t written = whole_groups_and_one<scalar_t>(rows);
   const int64_t loaded = rows * width + keys * (width + value_width);
   const int64_t packed = std::max(written, 4 * kMaxGemmRows) * width + keys * value_width;
-  const int64_t statistics = std::max(8 * written, 2 * rows * lanes);
-  const int64_t strip_rows = std::max(amx ? kAmxRows : 0, selected ? 3 * group : group);
+  const int64_t statistics = std::max(10 * written, 2 * rows * lanes);
+  const int64_t strip_rows = selected ? 3 * group : group;
   return loaded + packed + written * value_width + statistics +
          (strip_rows + (narrow ? group : 0)) * (keys + lanes);
 }
@@ -229,42 +204,60 @@ int64_t map_entropy_scratch(const AttentionShape<scalar_t>& shape) {
   return loaded + padded<acc_t>(kMapKeyBlock * shape.width) + (shape.query_heads + 1) * kMapTile;
 }
 
+// Whether the backward pass multiplies on tiles.
+template <Isa isa, typename scalar_t>
+bool differentiates_tiles(const AttentionShape<scalar_t>& shape) {
+  return isa == Isa::amx && shape.entropy != EntropyKind::map;
+}
+
 // Blocks of the backward pass.
 struct BackwardBlocks {
   int64_t queries, keys;
 
   template <typename scalar_t>
-  explicit BackwardBlocks(const AttentionShape<scalar_t>& shape) {
+  BackwardBlocks(const AttentionShape<scalar_t>& shape, bool tiles) {
     const bool map = shape.entropy == EntropyKind::map;
-    queries = map ? kMapQueryBlock : kBackwardQueryBlock;
-    keys = map ? kMapKeyBlock : kBackwardKeyBlock;
+    queries = tiles ? kTileQueryBlock : map ? kMapQueryBlock : kBackwardQueryBlock;
+    keys = tiles ? kTileKeyBlock : map ? kMapKeyBlock : kBackwardKeyBlock;
   }
 
   int64_t tile() const { return queries * keys; }
 };
 
+// Gradients of the queries of `heads` heads, in the accumulation type. Tiles keep those of groups
+// of queries.
 template <typename scalar_t>
-int64_t backward_scratch(const AttentionShape<scalar_t>& shape) {
+int64_t gathered_size(const AttentionShape<scalar_t>& shape, int64_t heads, bool tiles) {
+  using acc_t = accumulate_t<scalar_t>;
+  constexpr int64_t group = 2 * padding<acc_t>;
+  if (!tiles) return heads * shape.query_length * padded<acc_t>(shape.width);
+  return heads * blocks(shape.query_length, group) * group * padded<scalar_t>(shape.width);
+}
+
+template <typename scalar_t>
+int64_t backward_scratch(const AttentionShape<scalar_t>& shape, bool tiles) {
   using acc_t = accumulate_t<scalar_t>;
   const bool map = shape.entropy == EntropyKind::map;
-  const BackwardBlocks size(shape);
+  const BackwardBlocks size(shape, tiles);
   const int64_t width = padded<scalar_t>(shape.width);
   const int64_t value_width = padded<scalar_t>(shape.value_width);
+  if (tiles) {
+    constexpr int64_t group = 2 * padding<acc_t>;
+    return 2 * (size.keys + size.queries) * (width + value_width) + size.tile() +
+           2 * size.keys * group + 4 * group * (kStepKeys + padding<acc_t>);
+  }
   const int64_t loaded = size.queries * (width + value_width) + size.keys * value_width;
   // Products of bf16 take probabilities and gradients of scores a second time, rounded.
   const int64_t rounded = sizeof(scalar_t) < sizeof(acc_t) ? 2 : 0;
-  const int64_t tiles = ((map ? shape.query_heads : 1) + 2 + rounded) * size.tile();
+  const int64_t scores = ((map ? shape.query_heads : 1) + 2 + rounded) * size.tile();
   const int64_t part = 3 * size.keys * width + 2 * size.keys * value_width;
-  return loaded + tiles + (map ? shape.key_heads : 1) * part;
+  return loaded + scores + (map ? shape.key_heads : 1) * part;
 }
 
 // The kernels of one instruction set and dtype. `memory` is the thread's scratch.
 template <Isa isa, typename scalar_t>
 struct AttentionKernel {
   using acc_t = accumulate_t<scalar_t>;
-
-  // AMX only. task = (sample, key head, panel): fills the panel.
-  static void pack(const AttentionShape<scalar_t>& call, int64_t task, acc_t* memory);
 
   // task = (sample, key head, head block, row block). Writes everything but the map entropies.
   static void forward(const AttentionForward<scalar_t>& call, int64_t task, acc_t* memory);
@@ -280,7 +273,7 @@ struct AttentionKernel {
 
   // task = (split, sample, key head), or (split, sample) with entropy "map". Writes the gradients
   // of the keys and values of its tiles and adds those of the queries of its heads to
-  // `grad_queries` [heads, Lq, padded D].
+  // `grad_queries` of gathered_size().
   static void backward(const AttentionBackward<scalar_t>& call, int64_t task, acc_t* grad_queries,
                        acc_t* memory);
 

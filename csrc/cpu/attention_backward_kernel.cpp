@@ -8,6 +8,9 @@
 // serves p and q: p = q exp(entropy_lse - lse), a factor of at most 1.
 
 #include "attention_gradient.h"
+#if defined(__AMX_BF16__)
+#include "attention_amx_gradient.h"
+#endif
 
 #include <vector>
 
@@ -49,6 +52,9 @@ void AttentionKernel<isa, scalar_t>::row_deltas(const AttentionBackward<scalar_t
 template <Isa isa, typename scalar_t>
 void AttentionKernel<isa, scalar_t>::backward(const AttentionBackward<scalar_t>& call, int64_t task,
                                               acc_t* grad_queries, acc_t* memory) {
+#if defined(__AMX_BF16__)
+  if (differentiates_tiles<isa>(call)) return backward_tiles(call, task, grad_queries, memory);
+#endif
   const bool map = call.entropy == EntropyKind::map;
   const int64_t group = call.query_heads / call.key_heads;
   const int64_t units = map ? 1 : call.key_heads;
@@ -59,7 +65,7 @@ void AttentionKernel<isa, scalar_t>::backward(const AttentionBackward<scalar_t>&
   const int64_t heads = key_heads * group;
   // Heads whose tiles are needed together: all of them for the head-averaged map.
   const int64_t together = map ? heads : 1;
-  const BackwardBlocks size(call);
+  const BackwardBlocks size(call, /*tiles=*/false);
   const int64_t row_block = size.queries, key_block = size.keys;
   const int64_t width = whole_vectors<acc_t>(call.width);
   const int64_t stride = padded<acc_t>(call.width);
@@ -228,18 +234,7 @@ void AttentionKernel<isa, scalar_t>::backward(const AttentionBackward<scalar_t>&
     }
   };
 
-  // Tiles lie on one side of entropy_from.
-  const int64_t from =
-      call.entropy == EntropyKind::none ? 0 : std::min(call.entropy_from, call.key_length);
-  int64_t turn = 0;
-  for (const auto& [first, last, counted] :
-       {std::tuple{int64_t{0}, from, false},
-        std::tuple{from, call.key_length, call.entropy != EntropyKind::none}}) {
-    for (int64_t column = first; column < last; column += key_block) {
-      if (turn++ % call.splits != split) continue;
-      process(Tile{column, std::min(key_block, last - column)}, counted);
-    }
-  }
+  for_each_key_tile(call, key_block, split, process);
 }
 
 template <Isa isa, typename scalar_t>
@@ -247,13 +242,18 @@ void AttentionKernel<isa, scalar_t>::store_queries(const AttentionBackward<scala
                                                    int64_t b, int64_t head, int64_t heads,
                                                    acc_t* grad_queries, int64_t parts,
                                                    int64_t part_stride) {
-  const int64_t stride = padded<acc_t>(call.width), rows = heads * call.query_length;
+  const bool tiles = differentiates_tiles<isa>(call);
   for (int64_t part = 1; part < parts; ++part) {
     const acc_t* other = grad_queries + part * part_stride;
-    for (int64_t i = 0; i < rows * stride; ++i) grad_queries[i] += other[i];
+    for (int64_t i = 0; i < gathered_size(call, heads, tiles); ++i) grad_queries[i] += other[i];
   }
-  store_rows(grad_queries, stride, rows, call.width,
-             call.grad_query + (b * call.query_heads + head) * call.query_length * call.width);
+  scalar_t* target =
+      call.grad_query + (b * call.query_heads + head) * call.query_length * call.width;
+#if defined(__AMX_BF16__)
+  if (tiles) return store_transposed_queries(call, heads, grad_queries, target);
+#endif
+  store_rows(grad_queries, padded<acc_t>(call.width), heads * call.query_length, call.width,
+             target);
 }
 
 }  // namespace driftar::cpu

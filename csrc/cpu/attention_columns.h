@@ -2,11 +2,15 @@
 
 // Blocks of many queries with transposed scores: a vector holds what neighbouring queries give one
 // key. Keys are then the left operand of the first product as they lie, and every query keeps its
-// statistics in a lane of its own; only the queries are packed. Only for kernel files.
+// statistics in a lane of its own. Only for kernel files.
 
-#include "attention_lanes.h"
-#include "attention_operands.h"
+#if defined(__AMX_BF16__)
+#include "attention_amx_columns.h"
+#else
+#include "attention_vector_columns.h"
+#endif
 
+#include <type_traits>
 #include <vector>
 
 namespace driftar::cpu {
@@ -62,7 +66,7 @@ void hide_columns(const QueryBlock<scalar_t>& block, const Tile& tile, const Str
   }
 }
 
-// Where a block leaves exp(score - maximum over E) of the keys of E, which then form one tile.
+// Where a block leaves exp(score - shift) of the keys of E, which then form one tile.
 template <typename T>
 struct KeptScores {
   T* scores;  // [groups, stride, kGroup], set up to the last key that a query of the group sees;
@@ -77,33 +81,15 @@ void forward_columns(const AttentionForward<scalar_t>& call, const QueryBlock<sc
                      int64_t key_block, KeptScores<acc_t> kept, acc_t* memory) {
   constexpr int64_t group = kGroup<acc_t>, lanes = Vector<acc_t>::size();
   const int64_t rows = block.count();
-  const int64_t value_width = whole_vectors<acc_t>(call.value_width);
-  const int64_t out_stride = padded<acc_t>(call.value_width);
-
-  using stored_t = stored_type<scalar_t>;
-  using element_t = element_type<scalar_t>;
-  const int64_t stored_width = padded<stored_t>(call.width);
-  const int64_t stored_value_width = padded<stored_t>(call.value_width);
-  const int64_t depth = transposed_depth<stored_t, element_t>(call.width);
 
   Scratch<acc_t> scratch{memory};
-  auto* query_buffer = scratch.template take_as<stored_t>(rows * stored_width);
-  auto* key_buffer = scratch.template take_as<stored_t>(key_block * stored_width);
-  auto* value_buffer = scratch.template take_as<stored_t>(key_block * stored_value_width);
-  auto* packed = scratch.template take_as<element_t>(whole_groups<acc_t>(rows) * depth);
-  // Of pairs: values, and the weights of a tile.
-  auto* packed_values = scratch.template take_as<element_t>(
-      kPaired<element_t> ? key_block * elements<element_t>(stored_value_width) : 0);
-  auto* rounded = scratch.template take_as<element_t>(
-      kPaired<element_t> ? group * elements<element_t>(key_block) : 0);
-  acc_t* out = scratch.take(rows * out_stride);
-  const LaneStatistics<acc_t> statistics(rows, scratch);
-  LaneStatistics<acc_t> in_entropy(rows, scratch);
-  acc_t* tile_scores = scratch.take(group * key_block);
+  ColumnProducts<scalar_t> products(block, key_block, scratch);
+  const LaneStatistics<acc_t> statistics(products.unit(), rows, scratch);
+  LaneStatistics<acc_t> in_entropy(products.unit(), rows, scratch);
+  // What is kept must not see the shift rise.
+  const int64_t step = kept.scores == nullptr ? std::min(key_block, kStepKeys) : key_block;
+  acc_t* tile_scores = scratch.take(group * step);
   acc_t* bias = scratch.next;
-  std::fill_n(out, rows * out_stride, acc_t(0));
-  transposed_operand(block.load(call.query, call.width, query_buffer), rows, call.width, call.scale,
-                     packed);
 
   const bool wants_entropy = call.entropy != EntropyKind::none;
   const bool counts = wants_entropy && call.visibility.mask != nullptr;
@@ -112,46 +98,29 @@ void forward_columns(const AttentionForward<scalar_t>& call, const QueryBlock<sc
   const auto absorb_keys = [&](int64_t first, int64_t last, bool keep) {
     for (int64_t column = first; column < last; column += key_block) {
       const Tile tile{column, std::min(key_block, last - column)};
-      const Rows<stored_t> keys = load_rows(call.key, block.b, block.key_head(), column,
-                                            tile.columns, call.width, key_buffer);
-      const Rows<stored_t> value_rows = load_rows(call.value, block.b, block.key_head(), column,
-                                                  tile.columns, call.value_width, value_buffer);
-      const bool guarded =
-          is_partial(block, tile) &&
-          !all_finite(value_rows, tile.columns, whole_vectors<stored_t>(call.value_width));
-      const auto values = right_operand(value_rows, tile.columns, call.value_width, packed_values);
-      const Rows<element_t> left = left_operand(keys);
+      products.load(tile, last);
       const bool counted = wants_entropy && column >= call.entropy_from;
-      // The next keys and values are asked for in portions, while there is something to compute.
-      const int64_t coming = std::min(last - column - tile.columns, key_block);
-      const int64_t portion = (coming * group + rows - 1) / rows;
       for_each_strip(block, tile, group, [&](const Strip& strip) {
-        acc_t* scores = keep ? kept.scores + strip.first * kept.stride : tile_scores;
-        const bool narrow = strip.rows <= lanes;
-        const int64_t ahead = strip.first / group * portion;
-        const int64_t asked = std::min(portion, coming - ahead);
-        prefetch(keys.from(tile.columns + ahead), keys.data == key_buffer ? 0 : asked, call.width);
-        prefetch(value_rows.from(tile.columns + ahead), value_rows.data == value_buffer ? 0 : asked,
-                 call.value_width);
-        const element_t* queries = packed + strip.first * depth;
-        multiply(strip.columns, narrow ? lanes : group, elements<element_t>(call.width),
-                 kPaired<element_t> ? call.scale : acc_t(1),
-                 Strided<element_t>{left.data, left.stride, 1}, in_place(queries, group), acc_t(0),
-                 scores, group);
-        hide_columns(block, tile, strip, scores, bias,
-                     counts && counted ? support.data() + strip.first : nullptr);
-        acc_t* strip_out = out + strip.first * out_stride;
-        (narrow ? softmax_columns<1, acc_t>
-                : softmax_columns<2, acc_t>)(statistics, strip.first, strip.rows, scores,
-                                             strip.columns,
-                                             counted && call.entropy == EntropyKind::head,
-                                             strip_out, out_stride, value_width);
-        if constexpr (kPaired<element_t>) {
-          narrow_interleaved({scores, group}, strip.columns, narrow ? lanes : group, rounded);
+        products.prefetch_next(strip);
+        acc_t* strip_scores = keep ? kept.scores + strip.first * kept.stride : tile_scores;
+        for (int64_t key = 0; key < strip.columns; key += step) {
+          const Tile part{column + key, std::min(step, strip.columns - key)};
+          const Strip piece{strip.first, strip.rows, part.columns, strip.partial};
+          acc_t* scores = keep ? strip_scores + key * group : strip_scores;
+          products.multiply_keys(piece, key, scores);
+          hide_columns(block, part, piece, scores, bias,
+                       counts && counted ? support.data() + strip.first : nullptr);
+          const auto softmax = [&](auto vectors) {
+            softmax_columns<decltype(vectors)::value>(
+                statistics, strip.first, scores, part.columns,
+                counted && call.entropy == EntropyKind::head,
+                [&](const acc_t* factors) { products.shrink(piece, factors); },
+                products.weights(scores, keep));
+          };
+          strip.rows <= lanes ? softmax(std::integral_constant<int64_t, 1>{})
+                              : softmax(std::integral_constant<int64_t, 2>{});
+          products.multiply_values(piece, key, scores);
         }
-        accumulate(strip.rows, value_width, strip.columns,
-                   rounded_to(Strided<acc_t>{scores, 1, group}, rounded, 1, group), values, guarded,
-                   strip_out, out_stride);
       });
     }
   };
@@ -170,8 +139,9 @@ void forward_columns(const AttentionForward<scalar_t>& call, const QueryBlock<sc
       sizes[r - first] = counts ? support[r] : support_size(call, block.b, block.query_of(r));
     }
     const GroupResult<acc_t> result(statistics, in_entropy, first, sizes, call.normalize);
+    products.store(call, first, last - first, result.inverse);
     for (int64_t r = first; r < last; ++r) {
-      store_row(call, block, r, result.row(r - first), out + r * out_stride);
+      store_statistics(call, block, r, result.row(r - first));
     }
     if (kept.scores != nullptr)
       std::copy_n(result.entropy_inverse, last - first, kept.inverses + first);

@@ -19,8 +19,6 @@ struct FewProducts {
   using stored_t = stored_type<scalar_t>;
   using element_t = element_type<scalar_t>;
   static constexpr int64_t strip_rows = kFewRows<element_t>;
-  // Rows of memory that the products write for `rows` rows of scores or of out.
-  static constexpr int64_t written_rows(int64_t rows) { return rows; }
 
   const QueryBlock<scalar_t>& block;
   const AttentionShape<scalar_t>& shape;

@@ -3,13 +3,8 @@
 // One block of queries through all its keys: out and the statistics of every row. Only for kernel
 // files.
 
-#include "attention_statistics.h"
-#if defined(__AMX_BF16__)
-#include "attention_amx.h"
-#else
 #include "attention_columns.h"
 #include "attention_few_products.h"
-#endif
 
 #include <vector>
 
@@ -59,9 +54,11 @@ struct BlockStatistics {
   }
 };
 
-template <typename Products, typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
-void forward_block_by(const AttentionForward<scalar_t>& call, const QueryBlock<scalar_t>& block,
-                      acc_t* memory) {
+// Of a few queries, one strip.
+template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
+void forward_few(const AttentionForward<scalar_t>& call, const QueryBlock<scalar_t>& block,
+                 acc_t* memory) {
+  using Products = FewProducts<scalar_t>;
   const int64_t rows = block.count();
   const int64_t value_width = whole_vectors<acc_t>(call.value_width);
   const int64_t out_stride = padded<acc_t>(call.value_width);
@@ -70,13 +67,12 @@ void forward_block_by(const AttentionForward<scalar_t>& call, const QueryBlock<s
   Scratch<acc_t> scratch{memory};
   Products products(block, key_block, scratch);
   acc_t* scores = scratch.take(Products::strip_rows * key_block);
-  const int64_t out_size = Products::written_rows(rows) * out_stride;
-  acc_t* out = scratch.take(out_size);
+  acc_t* out = scratch.take(rows * out_stride);
   BlockStatistics<acc_t> statistics;
   statistics.totals = scratch.take(rows * statistics.lanes);
   statistics.moments = scratch.take(rows * statistics.lanes);
   statistics.clear(rows);
-  std::fill(out, out + out_size, acc_t(0));
+  std::fill(out, out + rows * out_stride, acc_t(0));
 
   const bool wants_entropy = call.entropy != EntropyKind::none;
   const bool counts = wants_entropy && call.visibility.mask != nullptr;
@@ -116,23 +112,22 @@ void forward_block_by(const AttentionForward<scalar_t>& call, const QueryBlock<s
     const int64_t size = counts          ? support[r]
                          : wants_entropy ? support_size(call, block.b, block.query_of(r))
                                          : 0;
-    store_row(call, block, r, row_result(all, from > 0 ? counted[r] : all, size, call.normalize),
-              out + r * out_stride);
+    const RowResult<acc_t> result =
+        row_result(all, from > 0 ? counted[r] : all, size, call.normalize);
+    store_scaled(out + r * out_stride, call.value_width, result.inverse,
+                 call.out + block.index(r) * call.value_width);
+    store_statistics(call, block, r, result);
   }
 }
 
 template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
 void forward_block(const AttentionForward<scalar_t>& call, const QueryBlock<scalar_t>& block,
                    acc_t* memory) {
-#if defined(__AMX_BF16__)
-  forward_block_by<AmxProducts>(call, block, memory);
-#else
   if (block.count() <= kFewRows<element_type<scalar_t>>) {
-    forward_block_by<FewProducts<scalar_t>>(call, block, memory);
+    forward_few(call, block, memory);
   } else {
     forward_columns(call, block, forward_key_block(call), KeptScores<acc_t>{}, memory);
   }
-#endif
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include "attention_operands.h"
 
 #include <cmath>
+#include <tuple>
 
 namespace driftar::cpu {
 namespace {
@@ -66,6 +67,23 @@ RowGradient<acc_t> row_gradient(const AttentionBackward<scalar_t>& call,
   }
   row.shift = SoftmaxStatistics<acc_t>::shift(row.shift);
   return row;
+}
+
+// Calls process(tile, counted) for every call.splits-th tile of keys, which lie on one side of
+// entropy_from.
+template <typename scalar_t, typename Process>
+void for_each_key_tile(const AttentionBackward<scalar_t>& call, int64_t key_block, int64_t split,
+                       Process&& process) {
+  const bool wants_entropy = call.entropy != EntropyKind::none;
+  const int64_t from = wants_entropy ? std::min(call.entropy_from, call.key_length) : 0;
+  int64_t turn = 0;
+  for (const auto& [first, last, counted] :
+       {std::tuple{int64_t{0}, from, false}, std::tuple{from, call.key_length, wants_entropy}}) {
+    for (int64_t column = first; column < last; column += key_block) {
+      if (turn++ % call.splits != split) continue;
+      process(Tile{column, std::min(key_block, last - column)}, counted);
+    }
+  }
 }
 
 // One key head's part of a tile: operands, and the gradients that gather.

@@ -57,15 +57,11 @@ RowResult<T> row_result(const SoftmaxStatistics<T>& all, const SoftmaxStatistics
           entropy_norm<T>(size, normalize)};
 }
 
-// Writes row r of a block, whose sum of values is `out`.
+// Writes the statistics of row r of a block.
 template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
-void store_row(const AttentionForward<scalar_t>& call, const QueryBlock<scalar_t>& block, int64_t r,
-               const RowResult<acc_t>& row, const acc_t* out) {
+void store_statistics(const AttentionForward<scalar_t>& call, const QueryBlock<scalar_t>& block,
+                      int64_t r, const RowResult<acc_t>& row) {
   const int64_t i = block.index(r);
-  scalar_t* target = call.out + i * call.value_width;
-  for (int64_t c = 0; c < call.value_width; ++c) {
-    target[c] = static_cast<scalar_t>(out[c] * row.inverse);
-  }
   call.lse[i] = row.lse;
   call.max_score[i] = row.maximum;
   if (call.entropy == EntropyKind::none) return;

@@ -257,9 +257,7 @@ void map_probabilities(const QueryBlock<scalar_t>& block, const Tile& tile,
 template <typename acc_t, typename scalar_t>
 void store_rows(const acc_t* rows, int64_t stride, int64_t count, int64_t width, scalar_t* target) {
   for (int64_t r = 0; r < count; ++r) {
-    for (int64_t c = 0; c < width; ++c) {
-      target[r * width + c] = static_cast<scalar_t>(rows[r * stride + c]);
-    }
+    store_scaled(rows + r * stride, width, acc_t(1), target + r * width);
   }
 }
 

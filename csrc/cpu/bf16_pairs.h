@@ -103,6 +103,11 @@ inline void narrow_rows(Rows<float> rows, int64_t count, int64_t columns, Bf16Pa
   }
 }
 
+// Two rounded vectors, their elements paired.
+inline __m512i rounded_pairs(__m512 even, __m512 odd) {
+  return interleave_halves((__m512i)_mm512_cvtne2ps_pbh(odd, even));
+}
+
 // Rounds rows of whole fp32 vectors and pairs neighbouring ones: row p of the target holds rows 2 p
 // and 2 p + 1, or zeros for one that is not there.
 inline void narrow_interleaved(Rows<float> rows, int64_t count, int64_t columns, Bf16Pair* target) {
@@ -111,8 +116,7 @@ inline void narrow_interleaved(Rows<float> rows, int64_t count, int64_t columns,
     for (int64_t c = 0; c < columns; c += Vector<float>::size()) {
       const __m512 even = _mm512_loadu_ps(rows.at(r) + c);
       const __m512 odd = r + 1 < count ? _mm512_loadu_ps(rows.at(r + 1) + c) : _mm512_setzero_ps();
-      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-      _mm512_storeu_si512(pairs + c, interleave_halves(both));
+      _mm512_storeu_si512(pairs + c, rounded_pairs(even, odd));
     }
   }
 }

@@ -28,10 +28,10 @@ bool has_avx512_bf16() {
 }
 
 // Linux lends the tile registers to processes that ask for them, which init_amx() does. Every
-// processor with tiles multiplies bf16.
+// processor with tiles multiplies bf16, but a virtual machine may hide the one and show the other.
 bool has_amx() {
 #ifdef DRIFTAR_HAS_AMX
-  return has_avx512() && at::cpu::init_amx();
+  return has_avx512_bf16() && at::cpu::init_amx();
 #else
   return false;
 #endif
@@ -71,12 +71,6 @@ Isa choose() {
 Isa active_isa() {
   static const Isa isa = choose();
   return isa;
-}
-
-Isa active_isa(Isa most) {
-  const Isa isa = std::min(active_isa(), most);
-  static const bool runs_bf16 = has_avx512_bf16();
-  return isa == Isa::avx512_bf16 && !runs_bf16 ? Isa::avx512 : isa;
 }
 
 const char* isa_name(Isa isa) {

@@ -15,18 +15,15 @@ enum class Isa { baseline, avx512, avx512_bf16, amx };
 
 // The best one that was built and that this processor has, unless DRIFTAR_KERNELS_ISA names one.
 Isa active_isa();
-// The best one up to `most` that the active one stands for. An emulator of AMX may run where there
-// is no AVX512-BF16.
-Isa active_isa(Isa most);
 const char* isa_name(Isa isa);
 // Why not even the baseline runs on this processor; empty when it does.
 const char* isa_problem();
 
 // Calls visit(std::integral_constant<Isa, ...>{}) with the active instruction set, or with the best
-// one below it that the kernels are built for: `built`, and all before it. `most` allows less.
+// one below it that the kernels are built for: `built`, and all before it.
 template <Isa built = Isa::avx512, typename Visitor>
-decltype(auto) dispatch_isa(Visitor&& visit, Isa most = built) {
-  [[maybe_unused]] const Isa isa = active_isa(std::min(most, built));
+decltype(auto) dispatch_isa(Visitor&& visit) {
+  [[maybe_unused]] const Isa isa = std::min(active_isa(), built);
 #ifdef DRIFTAR_HAS_AMX
   if constexpr (built >= Isa::amx) {
     if (isa == Isa::amx) return visit(std::integral_constant<Isa, Isa::amx>{});

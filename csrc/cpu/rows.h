@@ -51,6 +51,12 @@ bool all_finite(Rows<T> rows, int64_t count, int64_t width) {
   return sum_of(sum) == T(0);
 }
 
+// target = factor row, rounded
+template <typename T, typename scalar_t>
+void store_scaled(const T* row, int64_t width, T factor, scalar_t* target) {
+  for (int64_t c = 0; c < width; ++c) target[c] = static_cast<scalar_t>(row[c] * factor);
+}
+
 #if defined(CPU_CAPABILITY_AVX512)
 
 // GCC would call functions for so short rows.
@@ -77,6 +83,24 @@ inline bool all_finite(Rows<c10::BFloat16> rows, int64_t count, int64_t width) {
     }
   }
   return _mm512_cmpeq_epi16_mask(largest, exponent) == 0;
+}
+
+inline void store_scaled(const float* row, int64_t width, float factor, c10::BFloat16* target) {
+  constexpr int64_t lanes = Vector<float>::size();
+  const Vector<float> scale(factor);
+  for (int64_t c = 0; c < width; c += 2 * lanes) {
+    const auto low = Vector<float>::loadu(row + c) * scale;
+    const auto high =
+        c + lanes < width ? Vector<float>::loadu(row + c + lanes) * scale : Vector<float>(0);
+    const __mmask32 present =
+        width - c >= 2 * lanes ? ~__mmask32{0} : (__mmask32{1} << (width - c)) - 1;
+#if defined(__AVX512BF16__)
+    const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+#else
+    const __m512i rounded = at::vec::convert_from_float<c10::BFloat16>(low, high);
+#endif
+    _mm512_mask_storeu_epi16(target + c, present, rounded);
+  }
 }
 
 // Rounds a row of whole fp32 vectors; zeros fill it up to whole vectors of bf16.

@@ -78,30 +78,43 @@ bool all_at_most(const Vector<T>& vector, T limit) {
   return maximum_of(vector) <= limit;
 }
 
-// exp(x) of x < 88, and 0 where that is below the normal numbers; NaN stays. With x = n ln 2 + r, a
-// polynomial in |r| <= ln(2) / 2, whose own error is a twentieth of a rounding, and n added to its
-// exponent field. n ln 2 is rounded once, which costs more the further x is below 0. Inline, where
+// 2^y of y < 128, and 0 where that is below the normal numbers; NaN stays. A polynomial in
+// y - floor(y), whose own error is a fifth of a rounding and which is exact in 0. Inline, where
 // ATen's exp is a function call for every vector.
-inline Vector<float> exponential(Vector<float> x) {
-  const Vector<float> magic(0x1.8p23f);  // pushes the integer part into the low bits
-  const Vector<float> shifted = at::vec::fmadd(x, Vector<float>(0x1.715476p0f), magic);
-  const Vector<float> r = at::vec::fmadd(magic - shifted, Vector<float>(0x1.62e43p-1f), x);
-  // Minimax for the relative error.
-  Vector<float> p(0x1.6a2256p-10f);
+inline Vector<float> power_of_two(Vector<float> y) {
+  const float smallest = -126.0f;  // of the normal numbers
+#if defined(CPU_CAPABILITY_AVX512)
+  const Vector<float> r = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#else
+  const Vector<float> whole = y.floor(), r = y - whole;
+#endif
+  Vector<float> p(0x1.c5462p-13f);  // minimax for the relative error
   for (const float c :
-       {0x1.123b04p-7f, 0x1.5558f8p-5f, 0x1.55549p-3f, 0x1.fffffcp-2f, 1.0f, 1.0f}) {
+       {0x1.46d50cp-10f, 0x1.3d0ba8p-7f, 0x1.c68912p-5f, 0x1.ebfd58p-3f, 0x1.62e42cp-1f, 1.0f}) {
     p = at::vec::fmadd(p, r, Vector<float>(c));
   }
-  const float smallest = -87.33654f;  // log of the smallest normal number
 #if defined(CPU_CAPABILITY_AVX512)
-  const __mmask16 is_normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(smallest), _CMP_NLT_UQ);
-  return _mm512_castsi512_ps(_mm512_maskz_add_epi32(
-      is_normal, _mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
+  const __mmask16 is_normal = _mm512_cmp_ps_mask(y, _mm512_set1_ps(smallest), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(is_normal, p, y);
 #else
-  const auto exponent = at::vec::cast<int32_t>(shifted) << Vector<int32_t>(23);
+  // floor(y) in the low bits, from where it is added to the exponent.
+  const auto shifted = at::vec::cast<int32_t>(whole + Vector<float>(0x1.8p23f));
+  const auto exponent = shifted << Vector<int32_t>(23);
   const auto result = at::vec::cast<float>(at::vec::cast<int32_t>(p) + exponent);
-  return Vector<float>::blendv(result, Vector<float>(0.0f), x < Vector<float>(smallest));
+  return Vector<float>::blendv(result, Vector<float>(0.0f), y < Vector<float>(smallest));
 #endif
+}
+
+inline Vector<double> power_of_two(Vector<double> y) { return y.exp2(); }
+
+template <typename T>
+constexpr T kLog2E = T(1.4426950408889634074L);
+template <typename T>
+constexpr T kLog2 = T(0.69314718055994530942L);
+
+// exp(x) of x < 88, otherwise like power_of_two.
+inline Vector<float> exponential(Vector<float> x) {
+  return power_of_two(x * Vector<float>(kLog2E<float>));
 }
 
 inline Vector<double> exponential(Vector<double> x) { return x.exp(); }

@@ -1,7 +1,8 @@
 """bf16 attention where instructions multiply bf16.
 
-AVX512-BF16 multiplies everything, AMX tiles blocks of 32 queries and more. The cases hold on any
-instruction set; `make test-amx` runs them on AMX anywhere, with the emulator of tests/amx_emulator.
+AVX512-BF16 multiplies everything, AMX tiles blocks of more than 8 queries. The cases hold on any
+instruction set; `make test-amx` runs them on AMX, with the emulator of tests/amx_emulator where the
+processor has none.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ from tests.helpers.inputs import (
 from tests.helpers.tolerance import assert_bitwise, assert_close_to_truth
 
 EMULATED = "amx_emulator" in os.environ.get("LD_PRELOAD", "")
-on_emulator = pytest.mark.skipif(not EMULATED, reason="asks the emulator: make test-amx")
+on_emulator = pytest.mark.skipif(
+    not EMULATED, reason="asks the emulator: make test-amx on a processor without AMX"
+)
 
 CASE = AttentionCase(batch=2, heads=2, kv_heads=2, queries=37, keys=70, dim=24, value_dim=17)
 CASES: dict[str, AttentionCase] = {
@@ -313,16 +316,18 @@ def test_one_visible_key_is_exact() -> None:
 
 
 @on_emulator
-def test_tiles_multiply_whole_strips_and_are_given_back() -> None:
+def test_tiles_multiply_many_queries_and_are_given_back() -> None:
     def products(queries: int, dtype: torch.dtype) -> int:
         before = emulator().amx_emulator_products()
         attention(*replace(CASE, queries=queries).qkv(dtype=dtype))
         assert emulator().amx_emulator_configured_threads() == 0
         return int(emulator().amx_emulator_products() - before)
 
-    # Tiles of 16: 2 of rows by 5 of keys by 1 of features, and 2 by 2 of features by 3 of 32 keys.
-    assert products(32, torch.bfloat16) == 2 * 2 * (2 * 5 * 1 + 2 * 2 * 3)
-    assert products(31, torch.bfloat16) == 0
+    # Tiles of 16 queries: by 5 of keys and 1 of features, and by 2 of features and 3 of 32 keys.
+    for queries in (9, 32):
+        tiles = -(-queries // 16)
+        assert products(queries, torch.bfloat16) == 2 * 2 * tiles * (5 * 1 + 2 * 3)
+    assert products(8, torch.bfloat16) == 0
     assert products(32, torch.float32) == products(32, torch.float16) == 0
 
 
