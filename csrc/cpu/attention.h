@@ -87,9 +87,10 @@ struct AttentionBackward : AttentionShape<scalar_t> {
 
 // Keys per block.
 constexpr int64_t kKeyBlock = 256;
-// Keys of a block that a group of many queries takes at a time: its scores, its weights and its
-// sums of values stay in the first-level cache, past which the keys stream.
-constexpr int64_t kStepKeys = 64;
+// Keys of a block that a group of many queries takes at a time: its scores, its weights and its sums
+// of values stay in the first-level cache, past which the keys stream. Fewer on tiles.
+constexpr int64_t kStepKeys = 128;
+constexpr int64_t kTileStepKeys = 64;
 // Up to so many queries gather products with every key apart.
 constexpr int64_t kDotRows = 2;
 // Keys per block of as few queries as one matrix product takes, which looks at the values twice: in
@@ -244,7 +245,7 @@ int64_t backward_scratch(const AttentionShape<scalar_t>& shape, bool tiles) {
   if (tiles) {
     constexpr int64_t group = 2 * padding<acc_t>;
     return 2 * (size.keys + size.queries) * (width + value_width) + size.tile() +
-           2 * size.keys * group + 4 * group * (kStepKeys + padding<acc_t>);
+           2 * size.keys * group + 4 * group * (kTileStepKeys + padding<acc_t>);
   }
   const int64_t loaded = size.queries * (width + value_width) + size.keys * value_width;
   // Products of bf16 take probabilities and gradients of scores a second time, rounded.

@@ -29,6 +29,8 @@ class ColumnProducts {
   bool guarded = false;
 
  public:
+  static constexpr int64_t kStep = kTileStepKeys;  // keys that the products take at a time, at most
+
   ColumnProducts(const QueryBlock<scalar_t>& query_block, int64_t key_block,
                  Scratch<float>& scratch)
       : block(query_block),

@@ -212,7 +212,7 @@ inline void backward_tiles(const AttentionBackward<c10::BFloat16>& call, int64_t
   const int64_t width = padded<scalar_t>(call.width);
   const int64_t value_width = padded<scalar_t>(call.value_width);
   const BackwardBlocks size(call, /*tiles=*/true);
-  const int64_t step = std::min(kStepKeys, size.keys);
+  const int64_t step = std::min(kTileStepKeys, size.keys);
   const int64_t padded_queries = whole_groups<float>(call.query_length);
   const float unit = score_unit(call);
 

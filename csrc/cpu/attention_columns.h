@@ -66,6 +66,15 @@ void hide_columns(const QueryBlock<scalar_t>& block, const Tile& tile, const Str
   }
 }
 
+// rows[key, lane] *= factors, one a query
+template <typename T>
+void scale_lanes(const T* factors, int64_t keys, T* rows) {
+  using V = Vector<T>;
+  for (int64_t i = 0; i < keys * kGroup<T>; i += V::size()) {
+    (V::loadu(rows + i) * V::loadu(factors + i % kGroup<T>)).store(rows + i);
+  }
+}
+
 // Where a block leaves exp(score - shift) of the keys of E, which then form one tile.
 template <typename T>
 struct KeptScores {
@@ -86,8 +95,7 @@ void forward_columns(const AttentionForward<scalar_t>& call, const QueryBlock<sc
   ColumnProducts<scalar_t> products(block, key_block, scratch);
   const LaneStatistics<acc_t> statistics(products.unit(), rows, scratch);
   LaneStatistics<acc_t> in_entropy(products.unit(), rows, scratch);
-  // What is kept must not see the shift rise.
-  const int64_t step = kept.scores == nullptr ? std::min(key_block, kStepKeys) : key_block;
+  const int64_t step = std::min(key_block, products.kStep);
   acc_t* tile_scores = scratch.take(group * step);
   acc_t* bias = scratch.next;
 
@@ -114,7 +122,10 @@ void forward_columns(const AttentionForward<scalar_t>& call, const QueryBlock<sc
             softmax_columns<decltype(vectors)::value>(
                 statistics, strip.first, scores, part.columns,
                 counted && call.entropy == EntropyKind::head,
-                [&](const acc_t* factors) { products.shrink(piece, factors); },
+                [&](const acc_t* factors) {
+                  products.shrink(piece, factors);
+                  if (keep) scale_lanes(factors, key, strip_scores);
+                },
                 products.weights(scores, keep));
           };
           strip.rows <= lanes ? softmax(std::integral_constant<int64_t, 1>{})

@@ -23,7 +23,7 @@ struct FewProducts {
   const QueryBlock<scalar_t>& block;
   const AttentionShape<scalar_t>& shape;
   int64_t key_block, width, value_width;  // widths in whole vectors of what is stored
-  bool fetches;  // the fewest in fp32 only wait for memory, which nobody needs to ask for
+  bool fetches;  // the fewest only wait for memory, which nobody needs to ask for
   stored_t *key_buffer, *value_buffer;
   element_t* rounded;  // weights of pairs, [strip_rows, key_block]
   FewQueries<element_t> queries{};
@@ -37,7 +37,7 @@ struct FewProducts {
         key_block(keys_per_tile),
         width(whole_vectors<stored_t>(shape.width)),
         value_width(whole_vectors<stored_t>(shape.value_width)),
-        fetches(kPaired<element_t> || block.count() > kDotRows) {
+        fetches(block.count() > kDotRows) {
     const int64_t stored_width = padded<stored_t>(shape.width);
     const auto take_elements = [&](int64_t count) {
       return scratch.template take_as<element_t>(elements<element_t>(count));

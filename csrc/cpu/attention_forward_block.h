@@ -11,6 +11,15 @@
 namespace driftar::cpu {
 namespace {
 
+// Up to so many queries are one strip of vectors. Tiles pay from fewer on.
+#if defined(__AMX_BF16__)
+template <typename E>
+constexpr int64_t kMostFew = 4;
+#else
+template <typename E>
+constexpr int64_t kMostFew = kFewRows<E>;
+#endif
+
 // SoftmaxStatistics of every row of a block, with the sums spread over the lanes of a vector.
 template <typename T>
 struct BlockStatistics {
@@ -123,7 +132,7 @@ void forward_few(const AttentionForward<scalar_t>& call, const QueryBlock<scalar
 template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
 void forward_block(const AttentionForward<scalar_t>& call, const QueryBlock<scalar_t>& block,
                    acc_t* memory) {
-  if (block.count() <= kFewRows<element_type<scalar_t>>) {
+  if (block.count() <= kMostFew<element_type<scalar_t>>) {
     forward_few(call, block, memory);
   } else {
     forward_columns(call, block, forward_key_block(call), KeptScores<acc_t>{}, memory);

@@ -31,6 +31,8 @@ class ColumnProducts {
   int64_t ahead = 0, coming = 0, portion = 0;
 
  public:
+  static constexpr int64_t kStep = kStepKeys;  // keys that the products take at a time, at most
+
   ColumnProducts(const QueryBlock<scalar_t>& query_block, int64_t key_block,
                  Scratch<acc_t>& scratch)
       : block(query_block),
