@@ -18,7 +18,7 @@ struct RowGradient {
 };
 
 // p = share q and dS = scale q (share (gradient - delta) - weight (logarithm - cross)), 0 where q
-// is: selected, since the value of a hidden key and its logarithm may be anything.
+// is: selected, since the value of a hidden key, its logarithm and the share may be anything.
 template <typename T>
 void store_gradient(const RowGradient<T>& row, T scale, Vector<T> q, Vector<T> logarithm,
                     T* probabilities, T* gradient) {
@@ -26,8 +26,9 @@ void store_gradient(const RowGradient<T>& row, T scale, Vector<T> q, Vector<T> l
   const Vector<T> pull = share * (Vector<T>::loadu(gradient) - Vector<T>(row.delta));
   const Vector<T> bend = Vector<T>(row.weight) * (logarithm - Vector<T>(row.cross));
   const Vector<T> change = Vector<T>(scale) * q * (pull - bend);
-  Vector<T>::blendv(change, Vector<T>(T(0)), q == Vector<T>(T(0))).store(gradient);
-  (share * q).store(probabilities);
+  const Vector<T> zero(T(0)), hidden = q == zero;
+  Vector<T>::blendv(change, zero, hidden).store(gradient);
+  Vector<T>::blendv(share * q, zero, hidden).store(probabilities);
 }
 
 // scores -> p; gradient, which holds <grad_out, v>, -> scale dS.
@@ -65,7 +66,9 @@ RowGradient<acc_t> row_gradient(const AttentionBackward<scalar_t>& call,
                      : call.entropy_weight[i];
     row.cross = call.entropy_cross[i];
   }
-  row.shift = SoftmaxStatistics<acc_t>::shift(row.shift);
+  // A row with NaN among its visible scores stays NaN, but its hidden ones keep a q of 0.
+  if (row.shift != row.shift) row.share = row.shift;
+  row.shift = gradient_shift(row.shift);
   return row;
 }
 

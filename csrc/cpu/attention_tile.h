@@ -230,6 +230,12 @@ void hide_keys(const QueryBlock<scalar_t>& block, const Tile& tile, const Strip&
   }
 }
 
+// What to subtract from the scores of a row of log-sum-exp `lse`, of which some may be hidden.
+template <typename T>
+T gradient_shift(T lse) {
+  return lse == lse ? SoftmaxStatistics<T>::shift(lse) : T(0);
+}
+
 // probabilities = exp(score - entropy_lse) of one head over keys that count for the entropy, 0
 // where hidden; average += probabilities / heads. Both are [rows, stride].
 template <typename scalar_t, typename E, typename acc_t = accumulate_t<scalar_t>>
@@ -242,7 +248,7 @@ void map_probabilities(const QueryBlock<scalar_t>& block, const Tile& tile,
     score_products(block, strip, queries, keys, probabilities + strip.first * stride, stride);
     hide_keys(block, tile, strip, probabilities + strip.first * stride, stride);
     for (int64_t r = strip.first; r < strip.first + strip.rows; ++r) {
-      const Vector<acc_t> shift(SoftmaxStatistics<acc_t>::shift(entropy_lse[r]));
+      const Vector<acc_t> shift(gradient_shift(entropy_lse[r]));
       acc_t *row = probabilities + r * stride, *mean = average + r * stride;
       for (int64_t j = 0; j < strip.columns; j += Vector<acc_t>::size()) {
         const Vector<acc_t> q = exponential(Vector<acc_t>::loadu(row + j) - shift);

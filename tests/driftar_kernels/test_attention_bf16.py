@@ -248,6 +248,30 @@ def test_poison_reaches_no_row_that_does_not_see_it(
         assert not result.out[:, :, position:].isfinite().all()
 
 
+@pytest.mark.parametrize("which", ["key", "value", "query", "grad_out"])
+def test_poison_reaches_no_gradient_that_does_not_see_it(which: str) -> None:
+    """Blocks that hold it beside hidden scores are summed up without it."""
+    case = replace(CASE, batch=1, queries=300, keys=300)
+    position = 150
+    weights = case.qkv(seed=1)[0][..., : case.value_dim].to(torch.bfloat16)
+
+    def gradients(poison: float) -> list[Tensor]:
+        tensors = dict(zip(("query", "key", "value"), inputs(case), strict=True))
+        tensors["grad_out"] = weights.clone()
+        tensors[which][:, :, position] *= poison
+        leaves = trainable((tensors["query"], tensors["key"], tensors["value"]))
+        result = attention(*leaves, is_causal=True)
+        return list(torch.autograd.grad(result.out, leaves, tensors["grad_out"]))
+
+    clean, found = gradients(1.0), gradients(math.nan)
+    # Queries before a key do not see it, and keys behind a query are not seen by it.
+    blind = slice(0, position) if which in ("key", "value") else slice(position + 1, None)
+    first, last = (0, 1) if which in ("key", "value") else (1, 3)
+    for before, after in zip(clean[first:last], found[first:last], strict=True):
+        torch.testing.assert_close(before[:, :, blind], after[:, :, blind], rtol=1e-2, atol=1e-2)
+    assert not all(x.isfinite().all() for x in found)
+
+
 def test_nan_behind_the_lengths_changes_no_bit() -> None:
     query, key, value = inputs(CASE)
     lengths = torch.tensor([33, 50])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from driftar_kernels import AttentionOutput, DraftTree, attention
+from tests.driftar_kernels.test_attention import check
 from tests.helpers.inputs import (
     HEADS,
     AttentionCase,
@@ -218,6 +219,19 @@ def test_large_scores(backend: str, magnitude: float) -> None:
     assert max_error(result.lse, truth.lse) <= 8 * ulp
     assert max_error(result.out, truth.out) <= 16 * ulp * float(value.abs().max())
     assert max_error(found, truth.entropy) <= 16 * ulp  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("entropy", ["head", "map"])
+@pytest.mark.parametrize("slope", [-0.1, 0.003, 0.05, 3.0])
+def test_maxima_that_climb_along_the_keys(
+    backend: str, dtype: torch.dtype, slope: float, entropy: str
+) -> None:
+    """What was summed with an earlier maximum follows a later one, whether far above it or not."""
+    keys = size(700, 200)
+    case = AttentionCase(batch=1, heads=2, kv_heads=2, queries=size(40, 20), keys=keys, dim=16)
+    query, key, value = case.qkv(dtype=dtype)
+    query[..., 0], key[..., 0] = 4.0, slope * torch.arange(keys)
+    check(query, key, value, {"scale": 0.25}, entropy=entropy)
 
 
 @pytest.mark.parametrize("count", [1, 2, 65, size(4096, 1000)])
