@@ -197,6 +197,31 @@ def test_nan_in_a_hidden_key_does_not_reach_gradients(
     assert_bitwise([clean[0][:, :, blind]], [found[0][:, :, blind]])
 
 
+@pytest.mark.parametrize("which", ["query", "key"])
+def test_nan_reaches_no_gradient_that_does_not_meet_it(
+    native_backend: str, dtype: torch.dtype, which: str
+) -> None:
+    """Nor keys behind a query that is NaN, though blocks of both meet."""
+    length, poisoned = size(300, 40), size(150, 21)
+    case = AttentionCase(batch=1, queries=length, keys=length, dim=24, value_dim=17)
+    weights = normal(1, case.heads, length, 17, seed=3, dtype=dtype)
+
+    def gradients(poison: float) -> list[Tensor]:
+        query, key, value = case.qkv(dtype=dtype)
+        (query if which == "query" else key)[:, :, poisoned] *= poison
+        leaves = trainable((query, key, value))
+        result = attention(*leaves, is_causal=True, enable_gqa=True)
+        return list(torch.autograd.grad(result.out, leaves, weights))
+
+    clean, found = gradients(1.0), gradients(math.nan)
+    # Queries before a key do not see it, and keys behind a query are not seen by it.
+    is_key = which == "key"
+    rows = slice(0, poisoned) if is_key else slice(poisoned + 1, None)
+    for before, after in list(zip(clean, found, strict=True))[slice(1) if is_key else slice(1, 3)]:
+        torch.testing.assert_close(before[:, :, rows], after[:, :, rows], rtol=1e-2, atol=1e-2)
+    assert not all(x.isfinite().all() for x in found)
+
+
 def test_nan_outside_the_tree_has_no_effect(backend: str) -> None:
     tree = DraftTree([-1, 0, -1, 2])
     query, key, value = AttentionCase(batch=1, queries=4, keys=12).qkv()
