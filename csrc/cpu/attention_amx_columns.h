@@ -46,7 +46,7 @@ class ColumnProducts {
         scratch.take_as<scalar_t>(tiles(key_block, kTileDepth) * kTileDepth * value_width);
     rounded_out = scratch.take_as<scalar_t>(group * value_width);
     queries = scratch.take_as<Bf16Pair>(padded_rows * width / 2);
-    rounded = scratch.take_as<Bf16Pair>(group * tiles(key_block, kTileDepth) * kTileDepth / 2);
+    rounded = scratch.take_as<Bf16Pair>(group * kStep / 2);
     out = scratch.take(padded_rows * value_width);
     std::fill_n(out, padded_rows * value_width, 0.0f);
     pack_transposed(as_pairs(block.load(shape.query, shape.width, query_buffer)), rows, width / 2,

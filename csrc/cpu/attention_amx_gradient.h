@@ -251,7 +251,7 @@ inline void backward_tiles(const AttentionBackward<c10::BFloat16>& call, int64_t
         multiply_tiles(rows, columns, value_width / kTileDepth, left_tiles(values.rows.from(key)),
                        grad_out.of_group(strip.first), /*add=*/false, products, group);
         if (unit != call.scale) scale_columns(call.scale, part.columns, scores);
-        hide_columns(block, part, Strip{strip.first, strip.rows, part.columns, strip.partial},
+        hide_columns(block, part, strip.part(key, part.columns, call.visibility.mask != nullptr),
                      scores, bias, nullptr);
         (strip.rows <= lanes ? differentiate_columns<1>
                              : differentiate_columns<2>)(of, unit, scores, products, part.columns,

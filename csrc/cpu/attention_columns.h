@@ -113,7 +113,7 @@ void forward_columns(const AttentionForward<scalar_t>& call, const QueryBlock<sc
         acc_t* strip_scores = keep ? kept.scores + strip.first * kept.stride : tile_scores;
         for (int64_t key = 0; key < strip.columns; key += step) {
           const Tile part{column + key, std::min(step, strip.columns - key)};
-          const Strip piece{strip.first, strip.rows, part.columns, strip.partial};
+          const Strip piece = strip.part(key, part.columns, call.visibility.mask != nullptr);
           acc_t* scores = keep ? strip_scores + key * group : strip_scores;
           products.multiply_keys(piece, key, scores);
           hide_columns(block, part, piece, scores, bias,

@@ -118,7 +118,14 @@ struct Tile {
 struct Strip {
   int64_t first, rows;
   int64_t columns;  // of the tile, seen by some row
+  int64_t shared;   // the first of them, seen by every row unless there is a mask
   bool partial;     // whether some row does not see some of them
+
+  // The part from `key` on, `count` keys.
+  Strip part(int64_t key, int64_t count, bool masked) const {
+    const int64_t seen = std::clamp<int64_t>(shared - key, 0, count);
+    return {first, rows, count, seen, masked || seen < count};
+  }
 };
 
 // One past the last key that query i may see; it never decreases with i.
@@ -152,7 +159,9 @@ void for_each_strip(const QueryBlock<scalar_t>& block, const Tile& tile, int64_t
       least = std::min(least, end);
     }
     if (v.ancestors != nullptr) least = v.key_length[block.b] - tile.column;
-    if (most > 0) body(Strip{first, rows, most, v.mask != nullptr || least < most});
+    if (most <= 0) continue;
+    const int64_t shared = std::clamp<int64_t>(least, 0, most);
+    body(Strip{first, rows, most, shared, v.mask != nullptr || shared < most});
   }
 }
 
