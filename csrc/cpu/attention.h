@@ -87,8 +87,8 @@ struct AttentionBackward : AttentionShape<scalar_t> {
 
 // Keys per block.
 constexpr int64_t kKeyBlock = 256;
-// Keys of a block that a group of many queries takes at a time: its scores, its weights and its sums
-// of values stay in the first-level cache, past which the keys stream. Fewer on tiles.
+// Keys of a block that a group of many queries takes at a time: its scores, its weights and its
+// sums of values stay in the first-level cache, past which the keys stream. Fewer on tiles.
 constexpr int64_t kStepKeys = 128;
 constexpr int64_t kTileStepKeys = 64;
 // Up to so many queries gather products with every key apart.

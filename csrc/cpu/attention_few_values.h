@@ -77,8 +77,8 @@ void few_value_columns(int64_t keys, int64_t width, Rows<Bf16Pair> weights,
   }
   if constexpr (VECTORS > 1) {
     if (c < width) {
-      few_value_columns<ROWS, VECTORS / 2>(keys, width - c, weights, {values.data + c, values.stride},
-                                           out + c, out_stride);
+      few_value_columns<ROWS, VECTORS / 2>(keys, width - c, weights,
+                                           {values.data + c, values.stride}, out + c, out_stride);
     }
   }
 }
