@@ -142,15 +142,16 @@ struct PackedQueries {
 // The keys or values of a tile as left operands, and their gradients.
 struct KeyOperand {
   int64_t width;  // padded
-  c10::BFloat16 *buffer, *transposed;
+  c10::BFloat16 *buffer, *packed;
   float* gradient;  // [keys, width]
   Rows<c10::BFloat16> rows{};
-  bool finite = true;
+  Tiles transposed{nullptr, 0, 0, 0};  // of operands that are summed over keys
+  bool finite = true;                  // of them
 
   KeyOperand(int64_t padded_width, int64_t keys, bool sums_over_keys, Scratch<float>& scratch)
       : width(padded_width),
         buffer(scratch.take_as<c10::BFloat16>(keys * width)),
-        transposed(sums_over_keys ? scratch.take_as<c10::BFloat16>(keys * width) : nullptr),
+        packed(sums_over_keys ? scratch.take_as<c10::BFloat16>(keys * width) : nullptr),
         gradient(scratch.take(keys * width)) {}
 
   // Whole tiles of A can be read from `rows`.
@@ -159,16 +160,11 @@ struct KeyOperand {
     rows = tile.columns % kTileRows == 0
                ? load_rows(x, b, head, tile.column, tile.columns, features, buffer)
                : copy_rows(x, b, head, tile.column, tile.columns, features, buffer);
-    if (transposed != nullptr) {
-      pack_transposed_tiles(rows, tile.columns, width, transposed);
+    if (packed != nullptr) {
+      transposed = pack_transposed_tiles(rows, tile.columns, width, packed);
       finite = all_finite(rows, tile.columns, width);
     }
     std::fill_n(gradient, tile.columns * width, 0.0f);
-  }
-
-  Tiles transposed_tiles() const {
-    const int64_t tile = kTileSize * sizeof(c10::BFloat16);
-    return {transposed, kTileBytes, width / kTileRows * tile, tile};
   }
 };
 
@@ -265,7 +261,7 @@ inline void backward_tiles(const AttentionBackward<c10::BFloat16>& call, int64_t
         accumulate_seen_columns(strip.columns, call.width, wide, keys.rows, sums);
       } else {
         multiply_tiles(tiles(call.width, kTileRows), columns, tiles(strip.columns, kTileDepth),
-                       keys.transposed_tiles(), group_tiles(pairs), /*add=*/true, sums, group);
+                       keys.transposed, group_tiles(pairs), /*add=*/true, sums, group);
       }
     });
     gather_queries(gradient, size.keys, seen, block.rows, queries, partial, keys.gradient, wide);
