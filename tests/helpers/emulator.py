@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import fcntl
 import os
 import subprocess
 import sysconfig
@@ -26,7 +27,15 @@ BUILD = ROOT / "build" / "cuda_emulated"
 
 @cache
 def library_path() -> Path:
-    """Builds what changed."""
+    """Builds what changed, one process at a time: all workers of a test run come here at once."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _build()
+    return BUILD / "libcuda_emulated.so"
+
+
+def _build() -> None:
     options = {
         "CMAKE_BUILD_TYPE": "Release",
         "DRIFTAR_CUDA": "OFF",
@@ -40,7 +49,6 @@ def library_path() -> Path:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
-    return BUILD / "libcuda_emulated.so"
 
 
 @cache
