@@ -93,9 +93,11 @@ void multiply_tile_block(int64_t depth, Tiles a, Tiles b, bool add, float* c, in
   if constexpr (ROWS > 1 && COLUMNS > 1) _tile_stored(3, lower + kTileColumns, c_bytes);
 }
 
-// C = A B, added to C with `add`. Sizes in tiles; C is row-major.
-inline void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, Tiles a, Tiles b, bool add,
-                           float* c, int64_t stride_c) {
+// C = A B, added to C with `add`. Sizes in tiles; C is row-major. Calls between() before every
+// block of two tiles of rows and of columns.
+template <typename Between>
+void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, Tiles a, Tiles b, bool add,
+                    float* c, int64_t stride_c, const Between& between) {
   // The loads do not tell the compiler that they read memory: what was stored must be there.
   std::atomic_signal_fence(std::memory_order_seq_cst);
   const auto strip = [&](auto width, int64_t j) {
@@ -104,6 +106,7 @@ inline void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, Tiles a
     const Tiles right = b.from(j);
     int64_t i = 0;
     for (; i + 2 <= rows; i += 2) {
+      between();
       multiply_tile_block<2, COLUMNS>(depth, a.from(i), right, add, own + i * kTileRows * stride_c,
                                       stride_c);
     }
@@ -116,6 +119,11 @@ inline void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, Tiles a
   for (; j + 2 <= columns; j += 2) strip(std::integral_constant<int, 2>{}, j);
   if (j < columns) strip(std::integral_constant<int, 1>{}, j);
   std::atomic_signal_fence(std::memory_order_seq_cst);
+}
+
+inline void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, Tiles a, Tiles b, bool add,
+                           float* c, int64_t stride_c) {
+  multiply_tiles(rows, columns, depth, a, b, add, c, stride_c, [] {});
 }
 
 }  // namespace

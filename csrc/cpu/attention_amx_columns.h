@@ -56,7 +56,7 @@ class ColumnProducts {
   // What multiply_keys() gives is in this unit.
   float unit() const { return scale_unit; }
 
-  void load(const Tile& tile, int64_t) {
+  void load(const Tile& tile) {
     keys = load_rows(shape.key, block.b, block.key_head(), tile.column, tile.columns, shape.width,
                      key_buffer);
     value_rows = load_rows(shape.value, block.b, block.key_head(), tile.column, tile.columns,
@@ -72,16 +72,21 @@ class ColumnProducts {
     }
   }
 
-  void prefetch_next(const Strip&) const {}
+  // Calls of between() for a group and so many keys.
+  int64_t turns(int64_t count) const {
+    constexpr int64_t height = 2 * kTileRows;
+    return tiles(count, height) + tiles(count, kStep) * tiles(value_width, height);
+  }
 
   // scores[key, lane] of a group and of strip.columns keys from `key` of the tile on
-  void multiply_keys(const Strip& strip, int64_t key, float* scores) const {
+  template <typename Between>
+  void multiply_keys(const Strip& strip, int64_t key, float* scores, const Between& between) const {
     const Tiles right = group_tiles(queries + strip.first * width / 2);
     const int64_t columns = tiles(strip.rows, kTileColumns), depth = width / kTileDepth;
     const int64_t in_place =
         std::min(tiles(strip.columns, kTileRows) * kTileRows, whole_keys - key);
     multiply_tiles(in_place / kTileRows, columns, depth, left_tiles(keys.from(key)), right,
-                   /*add=*/false, scores, group);
+                   /*add=*/false, scores, group, between);
     if (strip.columns > in_place) {
       multiply_tiles(1, columns, depth, left_tiles(last_keys), right, /*add=*/false,
                      scores + in_place * group, group);
@@ -106,7 +111,9 @@ class ColumnProducts {
   }
 
   // out += weights values, for the last weights(); `exact`: as they are, where they were stored
-  void multiply_values(const Strip& strip, int64_t key, const float* exact) {
+  template <typename Between>
+  void multiply_values(const Strip& strip, int64_t key, const float* exact,
+                       const Between& between) {
     float* sums = out + strip.first * value_width;
     if (guarded) {
       accumulate_seen_columns(strip.columns, shape.value_width, exact, value_rows.from(key), sums);
@@ -115,7 +122,7 @@ class ColumnProducts {
     fill_group(strip.columns, rounded);
     multiply_tiles(tiles(shape.value_width, kTileRows), tiles(strip.rows, kTileColumns),
                    tiles(strip.columns, kTileDepth), values.deeper(key / kTileDepth),
-                   group_tiles(rounded), /*add=*/true, sums, group);
+                   group_tiles(rounded), /*add=*/true, sums, group, between);
   }
 
   // Stores out times `factors` of a group's rows.

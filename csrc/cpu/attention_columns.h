@@ -10,6 +10,8 @@
 #include "attention_vector_columns.h"
 #endif
 
+#include "upcoming.h"
+
 #include <type_traits>
 #include <vector>
 
@@ -84,10 +86,37 @@ struct KeptScores {
   T* inverses;  // [rows]: 1 / sum over E of what is kept, 0 for an empty row
 };
 
-// Out and the statistics of a block.
+// Asks, while a tile is computed, for the next keys of its block. Behind the last ones it is for
+// the rows of out, which are written then, and for what `next`, the block that follows, begins
+// with, unless that is null.
+template <typename scalar_t>
+void expect_rows(const AttentionForward<scalar_t>& call, const QueryBlock<scalar_t>& block,
+                 const QueryBlock<scalar_t>* next, const KeyOrder& order, const Tile& tile,
+                 Upcoming& upcoming) {
+  upcoming.clear();
+  const auto add = [&](const Operand<const scalar_t>& x, int64_t b, int64_t h, int64_t first,
+                       int64_t count, int64_t width) {
+    if (x.column == 1) upcoming.add(Rows<scalar_t>{x.at(b, h, first), x.row}, count, width);
+  };
+  const auto add_keys = [&](const QueryBlock<scalar_t>& of, const Tile& keys) {
+    add(call.key, of.b, of.key_head(), keys.column, keys.columns, call.width);
+    add(call.value, of.b, of.key_head(), keys.column, keys.columns, call.value_width);
+  };
+  const Tile following = order.after(tile);
+  if (following.columns > 0) return add_keys(block, following);
+  upcoming.add(Rows<scalar_t>{call.out + block.index(0) * call.value_width, call.value_width},
+               block.count(), call.value_width);
+  if (next == nullptr) return;
+  // Where several heads share a block their rows lie together, as a rule.
+  add(call.query, next->b, next->head, next->row, next->count(), call.width);
+  add_keys(*next, KeyOrder(*next, order.key_block).first());
+}
+
+// Out and the statistics of a block; `next` is the one that follows, or null.
 template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
 void forward_columns(const AttentionForward<scalar_t>& call, const QueryBlock<scalar_t>& block,
-                     int64_t key_block, KeptScores<acc_t> kept, acc_t* memory) {
+                     const QueryBlock<scalar_t>* next, int64_t key_block, KeptScores<acc_t> kept,
+                     acc_t* memory) {
   constexpr int64_t group = kGroup<acc_t>, lanes = Vector<acc_t>::size();
   const int64_t rows = block.count();
 
@@ -103,45 +132,50 @@ void forward_columns(const AttentionForward<scalar_t>& call, const QueryBlock<sc
   const bool counts = wants_entropy && call.visibility.mask != nullptr;
   std::vector<int64_t> support(counts ? rows : 0);
 
-  const auto absorb_keys = [&](int64_t first, int64_t last, bool keep) {
-    for (int64_t column = first; column < last; column += key_block) {
-      const Tile tile{column, std::min(key_block, last - column)};
-      products.load(tile, last);
-      const bool counted = wants_entropy && column >= call.entropy_from;
-      for_each_strip(block, tile, group, [&](const Strip& strip) {
-        products.prefetch_next(strip);
-        acc_t* strip_scores = keep ? kept.scores + strip.first * kept.stride : tile_scores;
-        for (int64_t key = 0; key < strip.columns; key += step) {
-          const Tile part{column + key, std::min(step, strip.columns - key)};
-          const Strip piece = strip.part(key, part.columns, call.visibility.mask != nullptr);
-          acc_t* scores = keep ? strip_scores + key * group : strip_scores;
-          products.multiply_keys(piece, key, scores);
-          hide_columns(block, part, piece, scores, bias,
-                       counts && counted ? support.data() + strip.first : nullptr);
-          const auto softmax = [&](auto vectors) {
-            softmax_columns<decltype(vectors)::value>(
-                statistics, strip.first, scores, part.columns,
-                counted && call.entropy == EntropyKind::head,
-                [&](const acc_t* factors) {
-                  products.shrink(piece, factors);
-                  if (keep) scale_lanes(factors, key, strip_scores);
-                },
-                products.weights(scores, keep));
-          };
-          strip.rows <= lanes ? softmax(std::integral_constant<int64_t, 1>{})
-                              : softmax(std::integral_constant<int64_t, 2>{});
-          products.multiply_values(piece, key, scores);
-        }
-      });
-    }
+  const KeyOrder order(block, key_block);
+  Upcoming upcoming;
+  const auto between = [&] { upcoming.ask(); };
+
+  const auto absorb_keys = [&](const Tile& tile, bool counted) {
+    const bool keep = counted && kept.scores != nullptr;
+    products.load(tile);
+    expect_rows(call, block, next, order, tile, upcoming);
+    const auto turns = [&](int64_t i) {
+      const int64_t end = visible_end(call, block.b, i) - tile.column;
+      return products.turns(std::clamp<int64_t>(end, 0, tile.columns));
+    };
+    upcoming.divide((turns(block.row) + turns(block.row + block.rows - 1)) * statistics.lanes /
+                    (2 * group));
+    for_each_strip(block, tile, group, [&](const Strip& strip) {
+      acc_t* strip_scores = keep ? kept.scores + strip.first * kept.stride : tile_scores;
+      for (int64_t key = 0; key < strip.columns; key += step) {
+        const Tile part{tile.column + key, std::min(step, strip.columns - key)};
+        const Strip piece = strip.part(key, part.columns, call.visibility.mask != nullptr);
+        acc_t* scores = keep ? strip_scores + key * group : strip_scores;
+        products.multiply_keys(piece, key, scores, between);
+        hide_columns(block, part, piece, scores, bias,
+                     counts && counted ? support.data() + strip.first : nullptr);
+        const auto softmax = [&](auto vectors) {
+          softmax_columns<decltype(vectors)::value>(
+              statistics, strip.first, scores, part.columns,
+              counted && call.entropy == EntropyKind::head,
+              [&](const acc_t* factors) {
+                products.shrink(piece, factors);
+                if (keep) scale_lanes(factors, key, strip_scores);
+              },
+              products.weights(scores, keep));
+        };
+        strip.rows <= lanes ? softmax(std::integral_constant<int64_t, 1>{})
+                            : softmax(std::integral_constant<int64_t, 2>{});
+        products.multiply_values(piece, key, scores, between);
+      }
+    });
   };
 
-  // The keys that count for the entropy come first: their statistics are those of all keys so far.
-  const int64_t end = visible_end(call, block.b, block.row + block.rows - 1);
-  const int64_t from = wants_entropy ? std::min(call.entropy_from, end) : 0;
-  absorb_keys(from, end, kept.scores != nullptr);
+  Tile tile = order.first();
+  for (; order.counts(tile); tile = order.after(tile)) absorb_keys(tile, true);
   in_entropy.copy(statistics);
-  absorb_keys(0, from, false);
+  for (; tile.columns > 0; tile = order.after(tile)) absorb_keys(tile, false);
 
   for (int64_t first = 0; first < rows; first += group) {
     const int64_t last = std::min(first + group, rows);

@@ -87,34 +87,30 @@ void forward_few(const AttentionForward<scalar_t>& call, const QueryBlock<scalar
   const bool counts = wants_entropy && call.visibility.mask != nullptr;
   std::vector<int64_t> support(counts ? rows : 0);
 
-  const auto absorb_keys = [&](int64_t first, int64_t last) {
-    for (int64_t column = first; column < last; column += key_block) {
-      const Tile tile{column, std::min(key_block, last - column)};
-      products.load(tile);
-      for_each_strip(block, tile, Products::strip_rows, [&](const Strip& strip) {
-        products.multiply_keys(strip, scores);
-        hide_keys(block, tile, strip, scores, key_block);
-        for (int64_t r = 0; r < strip.rows; ++r) {
-          acc_t* row_scores = scores + r * key_block;
-          acc_t* row_out = out + (strip.first + r) * out_stride;
-          if (counts && column >= call.entropy_from) {
-            support[strip.first + r] += count_visible(row_scores, strip.columns);
-          }
-          statistics.absorb(strip.first + r, row_scores, whole_vectors<acc_t>(strip.columns),
-                            row_out, value_width);
+  const auto absorb_keys = [&](const Tile& tile, bool counted) {
+    products.load(tile);
+    for_each_strip(block, tile, Products::strip_rows, [&](const Strip& strip) {
+      products.multiply_keys(strip, scores);
+      hide_keys(block, tile, strip, scores, key_block);
+      for (int64_t r = 0; r < strip.rows; ++r) {
+        acc_t* row_scores = scores + r * key_block;
+        acc_t* row_out = out + (strip.first + r) * out_stride;
+        if (counts && counted) {
+          support[strip.first + r] += count_visible(row_scores, strip.columns);
         }
-        products.multiply_values(strip, scores, out + strip.first * out_stride, out_stride);
-      });
-    }
+        statistics.absorb(strip.first + r, row_scores, whole_vectors<acc_t>(strip.columns), row_out,
+                          value_width);
+      }
+      products.multiply_values(strip, scores, out + strip.first * out_stride, out_stride);
+    });
   };
 
-  // The keys that count for the entropy come first: their statistics are those of all keys so far.
-  const int64_t end = visible_end(call, block.b, block.row + block.rows - 1);
-  const int64_t from = wants_entropy ? std::min(call.entropy_from, end) : 0;
-  absorb_keys(from, end);
-  std::vector<SoftmaxStatistics<acc_t>> counted(from > 0 ? rows : 0);
-  for (size_t r = 0; r < counted.size(); ++r) counted[r] = statistics.row(r);
-  absorb_keys(0, from);
+  const KeyOrder order(block, key_block);
+  Tile tile = order.first();
+  for (; order.counts(tile); tile = order.after(tile)) absorb_keys(tile, true);
+  std::vector<SoftmaxStatistics<acc_t>> in_entropy(order.from > 0 ? rows : 0);
+  for (size_t r = 0; r < in_entropy.size(); ++r) in_entropy[r] = statistics.row(r);
+  for (; tile.columns > 0; tile = order.after(tile)) absorb_keys(tile, false);
 
   for (int64_t r = 0; r < rows; ++r) {
     const SoftmaxStatistics<acc_t> all = statistics.row(r);
@@ -122,20 +118,21 @@ void forward_few(const AttentionForward<scalar_t>& call, const QueryBlock<scalar
                          : wants_entropy ? support_size(call, block.b, block.query_of(r))
                                          : 0;
     const RowResult<acc_t> result =
-        row_result(all, from > 0 ? counted[r] : all, size, call.normalize);
+        row_result(all, order.from > 0 ? in_entropy[r] : all, size, call.normalize);
     store_scaled(out + r * out_stride, call.value_width, result.inverse,
                  call.out + block.index(r) * call.value_width);
     store_statistics(call, block, r, result);
   }
 }
 
+// `next` is the block that follows, or null.
 template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
 void forward_block(const AttentionForward<scalar_t>& call, const QueryBlock<scalar_t>& block,
-                   acc_t* memory) {
+                   const QueryBlock<scalar_t>* next, acc_t* memory) {
   if (block.count() <= kMostFew<element_type<scalar_t>>) {
     forward_few(call, block, memory);
   } else {
-    forward_columns(call, block, forward_key_block(call), KeptScores<acc_t>{}, memory);
+    forward_columns(call, block, next, forward_key_block(call), KeptScores<acc_t>{}, memory);
   }
 }
 

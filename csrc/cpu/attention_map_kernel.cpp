@@ -82,10 +82,16 @@ void cross_entropies(const T* e, int64_t head_stride, const T* shares, int64_t s
 template <Isa isa, typename scalar_t>
 void AttentionKernel<isa, scalar_t>::map_forward(const AttentionForward<scalar_t>& call,
                                                  int64_t task, acc_t* memory) {
-  const int64_t row_blocks = call.blocking.row_blocks;
-  const int64_t row = task % row_blocks * call.blocking.rows, b = task / row_blocks;
-  const int64_t rows = std::min(call.blocking.rows, call.query_length - row);
-  const int64_t heads = call.query_heads;
+  const int64_t heads = call.query_heads, row_blocks = call.blocking.row_blocks;
+  // Blocks in turn: of a task, head by head.
+  const auto block_of = [&](int64_t turn) {
+    const int64_t own_task = turn / heads, first = own_task % row_blocks * call.blocking.rows;
+    return QueryBlock<scalar_t>{
+        call,         own_task / row_blocks,
+        turn % heads, 1,
+        first,        std::min(call.blocking.rows, call.query_length - first)};
+  };
+  const auto [shape, b, first_head, together, row, rows] = block_of(task * heads);
   const int64_t stride = whole_panels<scalar_t>(call.key_length);
 
   constexpr int64_t group_rows = kGroup<acc_t>;
@@ -97,7 +103,9 @@ void AttentionKernel<isa, scalar_t>::map_forward(const AttentionForward<scalar_t
   for (int64_t h = 0; h < heads; ++h) {
     acc_t* own = shares + h * padded_rows;
     std::fill_n(own, padded_rows, acc_t(0));
-    forward_columns(call, QueryBlock<scalar_t>{call, b, h, 1, row, rows}, stride,
+    const int64_t turn = task * heads + h, turns = call.batch * row_blocks * heads;
+    const QueryBlock<scalar_t> next = block_of(std::min(turn + 1, turns - 1));
+    forward_columns(call, block_of(turn), turn + 1 < turns ? &next : nullptr, stride,
                     KeptScores<acc_t>{kept + h * of_head, stride, own}, scratch.next);
     for (int64_t r = 0; r < rows; ++r) own[r] /= static_cast<acc_t>(heads);
   }

@@ -121,14 +121,16 @@ void accumulate_seen(int64_t m, int64_t n, int64_t k, Strided<T> coefficients, R
 }
 
 // target[m, n] += coefficients[m, k] rows[k, n]. `guarded`: hidden rows may hold NaN or inf.
-template <typename T, typename E, typename stored_t>
+// between() as of multiply().
+template <typename T, typename E, typename stored_t, typename Between = DoNothing>
 void accumulate(int64_t m, int64_t n, int64_t k, const Coefficients<T, E>& coefficients,
-                const RightOperand<stored_t, E>& right, bool guarded, T* target, int64_t stride) {
+                const RightOperand<stored_t, E>& right, bool guarded, T* target, int64_t stride,
+                const Between& between = {}) {
   if (guarded) {
     accumulate_seen(m, n, k, coefficients.exact, right.rows, target, stride);
   } else {
     multiply(m, n, elements<E>(k), T(1), coefficients.multiplied, right.panels, T(1), target,
-             stride);
+             stride, between);
   }
 }
 

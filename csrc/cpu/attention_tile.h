@@ -138,6 +138,33 @@ int64_t visible_end(const AttentionShape<scalar_t>& shape, int64_t b, int64_t i)
   return std::clamp<int64_t>(i + v.query_offset[b] + 1, 0, length);
 }
 
+// The keys that a block meets, in tiles of `key_block`: first those that count for the entropy, all
+// of them where it is not asked for. The statistics of E are then those of all keys so far.
+struct KeyOrder {
+  int64_t from, end;  // keys that count
+  int64_t key_block;
+
+  template <typename scalar_t>
+  KeyOrder(const QueryBlock<scalar_t>& block, int64_t keys)
+      : end(visible_end(block.shape, block.b, block.row + block.rows - 1)), key_block(keys) {
+    from = block.shape.entropy == EntropyKind::none ? 0 : std::min(block.shape.entropy_from, end);
+  }
+
+  bool counts(const Tile& tile) const { return tile.columns > 0 && tile.column >= from; }
+  Tile first() const {
+    return from < end ? Tile{from, std::min(key_block, end - from)} : others(0);
+  }
+  // Without keys behind the last one.
+  Tile after(const Tile& tile) const {
+    const int64_t column = tile.column + tile.columns;
+    if (tile.column < from) return others(column);
+    return column < end ? Tile{column, std::min(key_block, end - column)} : others(0);
+  }
+
+ private:
+  Tile others(int64_t column) const { return {column, std::min(key_block, from - column)}; }
+};
+
 template <typename scalar_t>
 const uint64_t* ancestor_row(const AttentionShape<scalar_t>& shape, int64_t b, int64_t i) {
   const Visibility& v = shape.visibility;

@@ -27,8 +27,6 @@ class ColumnProducts {
   Rows<stored_t> keys{}, value_rows{};
   RightOperand<stored_t, element_t> values{};
   bool guarded = false;
-  // The next tile begins `ahead` keys on, with `coming` keys, of which a group asks for `portion`.
-  int64_t ahead = 0, coming = 0, portion = 0;
 
  public:
   static constexpr int64_t kStep = kStepKeys;  // keys that the products take at a time, at most
@@ -61,8 +59,7 @@ class ColumnProducts {
   // What multiply_keys() gives is in this unit.
   acc_t unit() const { return acc_t(1); }
 
-  // Takes a tile of keys; those up to `last` follow in the next ones.
-  void load(const Tile& tile, int64_t last) {
+  void load(const Tile& tile) {
     keys = load_rows(shape.key, block.b, block.key_head(), tile.column, tile.columns, shape.width,
                      key_buffer);
     value_rows = load_rows(shape.value, block.b, block.key_head(), tile.column, tile.columns,
@@ -70,27 +67,23 @@ class ColumnProducts {
     guarded = is_partial(block, tile) &&
               !all_finite(value_rows, tile.columns, whole_vectors<stored_t>(shape.value_width));
     values = right_operand(value_rows, tile.columns, shape.value_width, packed_values);
-    // The next keys and values are asked for in portions, while there is something to compute.
-    coming = std::min(last - tile.column - tile.columns, tile.columns);
-    portion = (coming * group + block.count() - 1) / block.count();
-    ahead = tile.columns;
   }
 
-  void prefetch_next(const Strip& strip) const {
-    const int64_t first = strip.first / group * portion;
-    const int64_t asked = std::min(portion, coming - first);
-    prefetch(keys.from(ahead + first), keys.data == key_buffer ? 0 : asked, shape.width);
-    prefetch(value_rows.from(ahead + first), value_rows.data == value_buffer ? 0 : asked,
-             shape.value_width);
+  // Calls of between() for a group and so many keys.
+  int64_t turns(int64_t count) const {
+    constexpr int64_t height = kGemmRows<acc_t>;
+    return blocks(count, height) +
+           blocks(count, kStep) * blocks(group, height) * blocks(value_width, group);
   }
 
   // scores[key, lane] of a group and of strip.columns keys from `key` of the tile on
-  void multiply_keys(const Strip& strip, int64_t key, acc_t* scores) const {
+  template <typename Between>
+  void multiply_keys(const Strip& strip, int64_t key, acc_t* scores, const Between& between) const {
     const Rows<element_t> left = left_operand(keys.from(key));
     multiply(strip.columns, strip.rows <= lanes ? lanes : group, elements<element_t>(shape.width),
              kPaired<element_t> ? shape.scale : acc_t(1),
              Strided<element_t>{left.data, left.stride, 1},
-             in_place(queries + strip.first * depth, group), acc_t(0), scores, group);
+             in_place(queries + strip.first * depth, group), acc_t(0), scores, group, between);
   }
 
   // out *= factors, one a query
@@ -111,10 +104,12 @@ class ColumnProducts {
   }
 
   // out += weights values, for the last weights(); `weights`: as they are, where they were stored
-  void multiply_values(const Strip& strip, int64_t key, const acc_t* weights) {
+  template <typename Between>
+  void multiply_values(const Strip& strip, int64_t key, const acc_t* weights,
+                       const Between& between) {
     accumulate(strip.rows, value_width, strip.columns,
                rounded_to(Strided<acc_t>{weights, 1, group}, rounded, 1, group), values.from(key),
-               guarded, out + strip.first * out_stride, out_stride);
+               guarded, out + strip.first * out_stride, out_stride, between);
   }
 
   // Stores out times `factors` of a group's rows.

@@ -108,13 +108,17 @@ inline void gemm_block(int64_t depth, T alpha, Strided<E> a, const E* b, int64_t
   }
 }
 
+struct DoNothing {
+  void operator()() const {}
+};
+
 // A strip of C, `columns` whole vectors wide, of a number of rows known at run time.
-template <int64_t ROWS, typename E, typename T = sum_t<E>>
+template <int64_t ROWS, typename E, typename Between, typename T = sum_t<E>>
 void gemm_strip(int64_t rows, int64_t columns, int64_t depth, T alpha, Strided<E> a, Panels<E> b,
-                T beta, T* c, int64_t stride_c) {
+                T beta, T* c, int64_t stride_c, const Between& between) {
   if constexpr (ROWS > 0) {
     if (rows < ROWS) {
-      gemm_strip<ROWS - 1>(rows, columns, depth, alpha, a, b, beta, c, stride_c);
+      gemm_strip<ROWS - 1>(rows, columns, depth, alpha, a, b, beta, c, stride_c, between);
       return;
     }
     constexpr int64_t width = kGemmColumns<E>;
@@ -123,6 +127,7 @@ void gemm_strip(int64_t rows, int64_t columns, int64_t depth, T alpha, Strided<E
     if constexpr (ROWS <= kGemmRows<T> / 2) {  // so few rows leave registers for twice the columns
       for (; b.panel == width && column + 2 * width <= columns;
            column += 2 * width, panel += 2 * width) {
+        between();
         gemm_block<ROWS, 4>(depth, alpha, a, panel, b.stride, beta, c + column, stride_c);
       }
     }
@@ -131,6 +136,7 @@ void gemm_strip(int64_t rows, int64_t columns, int64_t depth, T alpha, Strided<E
     const int64_t pairs =
         wide && b.panel == width && columns % width != 0 ? columns - width : columns;
     for (; column + width <= pairs; column += width, panel += b.panel) {
+      between();
       gemm_block<ROWS, 2>(depth, alpha, a, panel, b.stride, beta, c + column, stride_c);
     }
     if constexpr (wide) {
@@ -146,13 +152,14 @@ void gemm_strip(int64_t rows, int64_t columns, int64_t depth, T alpha, Strided<E
 }
 
 // C[rows, columns] = alpha A B + beta C for whole vectors of columns. C is not read when beta is 0.
-template <typename E, typename T = sum_t<E>>
+// Calls between() before every block of two vectors of columns.
+template <typename E, typename T = sum_t<E>, typename Between = DoNothing>
 void multiply(int64_t rows, int64_t columns, int64_t depth, T alpha, Strided<E> a, Panels<E> b,
-              T beta, T* c, int64_t stride_c) {
+              T beta, T* c, int64_t stride_c, const Between& between = {}) {
   constexpr int64_t height = kGemmRows<T>;
   for (int64_t row = 0; row < rows; row += height) {
     gemm_strip<height>(std::min(height, rows - row), columns, depth, alpha, a.from(row, 0), b, beta,
-                       c + row * stride_c, stride_c);
+                       c + row * stride_c, stride_c, between);
   }
 }
 
