@@ -170,9 +170,10 @@ struct KeyOperand {
 
 // gradient[keys, width] += sum over the queries of a block of what they left, rounded: `rounded`
 // [groups, key_block, group], of which group g holds the first seen[g] keys.
-inline void gather_queries(const c10::BFloat16* rounded, int64_t key_block, const int64_t* seen,
-                           int64_t queries, const PackedQueries& operand, bool partial,
-                           float* gradient, float* memory) {
+template <typename Between>
+void gather_queries(const c10::BFloat16* rounded, int64_t key_block, const int64_t* seen,
+                    int64_t queries, const PackedQueries& operand, bool partial, float* gradient,
+                    float* memory, const Between& between) {
   constexpr int64_t group = kGroup<float>;
   const int64_t groups = tiles(queries, group);
   if (partial && !all_finite(operand.rows, queries, operand.width)) {
@@ -192,7 +193,7 @@ inline void gather_queries(const c10::BFloat16* rounded, int64_t key_block, cons
     multiply_tiles(kTileDepth / kTileRows, tiles(operand.width, kTileColumns), groups - first,
                    Tiles(left, kTileBytes, key_block * kTileBytes, kTileRows * kTileBytes),
                    operand.from_group(first * group), /*add=*/true, gradient + key * operand.width,
-                   operand.width);
+                   operand.width, between);
   }
 }
 
@@ -202,12 +203,11 @@ inline void backward_tiles(const AttentionBackward<c10::BFloat16>& call, int64_t
                            float* grad_queries, float* memory) {
   using scalar_t = c10::BFloat16;
   constexpr int64_t group = kGroup<float>, lanes = Vector<float>::size();
-  const int64_t heads = call.query_heads / call.key_heads;
-  const int64_t split = task / (call.batch * call.key_heads);
-  const int64_t b = task / call.key_heads % call.batch, key_head = task % call.key_heads;
   const int64_t width = padded<scalar_t>(call.width);
   const int64_t value_width = padded<scalar_t>(call.value_width);
   const BackwardBlocks size(call, /*tiles=*/true);
+  const BackwardTask<scalar_t> own(call, task, size.keys);
+  const int64_t b = own.b;
   const int64_t step = std::min(kTileStepKeys, size.keys);
   const int64_t padded_queries = whole_groups<float>(call.query_length);
   const float unit = score_unit(call);
@@ -228,8 +228,33 @@ inline void backward_tiles(const AttentionBackward<c10::BFloat16>& call, int64_t
   float* wide = scratch.take(size.keys * group);
   float* bias = scratch.next;
 
+  const auto block_of = [&](int64_t k, int64_t row) {
+    const int64_t rows = std::min(size.queries, call.query_length - row);
+    return QueryBlock<scalar_t>{call, b, own.head + k, 1, row, rows};
+  };
+
+  Upcoming upcoming;
+  const auto between = [&] { upcoming.ask(); };
+  // What follows the block of head k.
+  const auto expect_next = [&](int64_t k, int64_t row, const Tile& tile, const NextKeys& next) {
+    upcoming.clear();
+    row += size.queries;
+    if (row < call.query_length) return expect_queries(call, block_of(k, row), upcoming);
+    if (k + 1 < own.heads) return expect_queries(call, block_of(k + 1, 0), upcoming);
+    expect_key_gradients(call, b, own.key_head, tile, upcoming);
+    expect_keys(call, next.b, next.key_head, next.tile, upcoming);
+    const int64_t head = next.key_head * own.heads;
+    const QueryBlock<scalar_t> first{call, next.b, head,
+                                     1,    0,      std::min(size.queries, call.query_length)};
+    if (next.tile.columns > 0) expect_queries(call, first, upcoming);
+  };
+
   const auto differentiate = [&](const QueryBlock<scalar_t>& block, const Tile& tile, bool counted,
                                  float* grad_query) {
+    // Calls of between(): for every group of queries; for the keys, twice.
+    const int64_t high = tiles(tile.columns, 2 * kTileRows);
+    upcoming.divide(tiles(block.rows, group) * (2 * high + tiles(width, 2 * kTileRows)) +
+                    high * tiles(width + value_width, 2 * kTileColumns));
     const bool partial = is_partial(block, tile);
     queries.pack(block.load(call.query, call.width, query_buffer), block.rows);
     grad_out.pack(block.load(call.grad_out, call.value_width, grad_out_buffer), block.rows);
@@ -243,9 +268,9 @@ inline void backward_tiles(const AttentionBackward<c10::BFloat16>& call, int64_t
         const Tile part{tile.column + key, std::min(step, strip.columns - key)};
         const int64_t rows = tiles(part.columns, kTileRows);
         multiply_tiles(rows, columns, width / kTileDepth, left_tiles(keys.rows.from(key)),
-                       queries.of_group(strip.first), /*add=*/false, scores, group);
+                       queries.of_group(strip.first), /*add=*/false, scores, group, between);
         multiply_tiles(rows, columns, value_width / kTileDepth, left_tiles(values.rows.from(key)),
-                       grad_out.of_group(strip.first), /*add=*/false, products, group);
+                       grad_out.of_group(strip.first), /*add=*/false, products, group, between);
         if (unit != call.scale) scale_columns(call.scale, part.columns, scores);
         hide_columns(block, part, strip.part(key, part.columns, call.visibility.mask != nullptr),
                      scores, bias, nullptr);
@@ -261,31 +286,31 @@ inline void backward_tiles(const AttentionBackward<c10::BFloat16>& call, int64_t
         accumulate_seen_columns(strip.columns, call.width, wide, keys.rows, sums);
       } else {
         multiply_tiles(tiles(call.width, kTileRows), columns, tiles(strip.columns, kTileDepth),
-                       keys.transposed, group_tiles(pairs), /*add=*/true, sums, group);
+                       keys.transposed, group_tiles(pairs), /*add=*/true, sums, group, between);
       }
     });
-    gather_queries(gradient, size.keys, seen, block.rows, queries, partial, keys.gradient, wide);
+    gather_queries(gradient, size.keys, seen, block.rows, queries, partial, keys.gradient, wide,
+                   between);
     gather_queries(probabilities, size.keys, seen, block.rows, grad_out, partial, values.gradient,
-                   wide);
+                   wide, between);
   };
 
-  const auto process = [&](const Tile& tile, bool counted) {
-    keys.load(call.key, b, key_head, tile, call.width);
-    values.load(call.value, b, key_head, tile, call.value_width);
-    for (int64_t k = 0; k < heads; ++k) {
+  own.for_each_tile([&](const CountedTile& tile, const NextKeys& next) {
+    keys.load(call.key, b, own.key_head, tile, call.width);
+    values.load(call.value, b, own.key_head, tile, call.value_width);
+    for (int64_t k = 0; k < own.heads; ++k) {
       for (int64_t row = 0; row < call.query_length; row += size.queries) {
-        const int64_t rows = std::min(size.queries, call.query_length - row);
-        if (visible_end(call, b, row + rows - 1) <= tile.column) continue;
-        differentiate(QueryBlock<scalar_t>{call, b, key_head * heads + k, 1, row, rows}, tile,
-                      counted, grad_queries + (k * padded_queries + row) * width);
+        const QueryBlock<scalar_t> block = block_of(k, row);
+        if (visible_end(call, b, row + block.rows - 1) <= tile.column) continue;
+        expect_next(k, row, tile, next);
+        differentiate(block, tile, tile.counted, grad_queries + (k * padded_queries + row) * width);
       }
     }
-    const int64_t first = (b * call.key_heads + key_head) * call.key_length + tile.column;
+    const int64_t first = (b * call.key_heads + own.key_head) * call.key_length + tile.column;
     store_rows(keys.gradient, width, tile.columns, call.width, call.grad_key + first * call.width);
     store_rows(values.gradient, value_width, tile.columns, call.value_width,
                call.grad_value + first * call.value_width);
-  };
-  for_each_key_tile(call, size.keys, split, process);
+  });
 }
 
 // Writes transposed gradients of the queries of `heads` heads.

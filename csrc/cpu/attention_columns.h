@@ -10,8 +10,6 @@
 #include "attention_vector_columns.h"
 #endif
 
-#include "upcoming.h"
-
 #include <type_traits>
 #include <vector>
 
@@ -94,22 +92,17 @@ void expect_rows(const AttentionForward<scalar_t>& call, const QueryBlock<scalar
                  const QueryBlock<scalar_t>* next, const KeyOrder& order, const Tile& tile,
                  Upcoming& upcoming) {
   upcoming.clear();
-  const auto add = [&](const Operand<const scalar_t>& x, int64_t b, int64_t h, int64_t first,
-                       int64_t count, int64_t width) {
-    if (x.column == 1) upcoming.add(Rows<scalar_t>{x.at(b, h, first), x.row}, count, width);
-  };
-  const auto add_keys = [&](const QueryBlock<scalar_t>& of, const Tile& keys) {
-    add(call.key, of.b, of.key_head(), keys.column, keys.columns, call.width);
-    add(call.value, of.b, of.key_head(), keys.column, keys.columns, call.value_width);
-  };
   const Tile following = order.after(tile);
-  if (following.columns > 0) return add_keys(block, following);
+  if (following.columns > 0) {
+    return expect_keys(call, block.b, block.key_head(), following, upcoming);
+  }
   upcoming.add(Rows<scalar_t>{call.out + block.index(0) * call.value_width, call.value_width},
                block.count(), call.value_width);
   if (next == nullptr) return;
   // Where several heads share a block their rows lie together, as a rule.
-  add(call.query, next->b, next->head, next->row, next->count(), call.width);
-  add_keys(*next, KeyOrder(*next, order.key_block).first());
+  expect(call.query, next->b, next->head, next->row, next->count(), call.width, upcoming);
+  const Tile first = KeyOrder(*next, order.key_block).first();
+  expect_keys(call, next->b, next->key_head(), first, upcoming);
 }
 
 // Out and the statistics of a block; `next` is the one that follows, or null.

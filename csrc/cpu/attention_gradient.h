@@ -1,12 +1,13 @@
 #pragma once
 
-// A tile of the backward pass: gradients of its scores, and the sums that they enter. Only for
-// kernel files.
+// What the backward pass is divided into, and the gradient of a row of scores. Only for kernel
+// files.
 
 #include "attention_operands.h"
 
 #include <cmath>
 #include <tuple>
+#include <vector>
 
 namespace driftar::cpu {
 namespace {
@@ -16,40 +17,6 @@ template <typename T>
 struct RowGradient {
   T shift, share, delta, weight, cross;
 };
-
-// p = share q and dS = scale q (share (gradient - delta) - weight (logarithm - cross)), 0 where q
-// is: selected, since the value of a hidden key, its logarithm and the share may be anything.
-template <typename T>
-void store_gradient(const RowGradient<T>& row, T scale, Vector<T> q, Vector<T> logarithm,
-                    T* probabilities, T* gradient) {
-  const Vector<T> share(row.share);
-  const Vector<T> pull = share * (Vector<T>::loadu(gradient) - Vector<T>(row.delta));
-  const Vector<T> bend = Vector<T>(row.weight) * (logarithm - Vector<T>(row.cross));
-  const Vector<T> change = Vector<T>(scale) * q * (pull - bend);
-  const Vector<T> zero(T(0)), hidden = q == zero;
-  Vector<T>::blendv(change, zero, hidden).store(gradient);
-  Vector<T>::blendv(share * q, zero, hidden).store(probabilities);
-}
-
-// scores -> p; gradient, which holds <grad_out, v>, -> scale dS.
-template <typename T>
-void head_gradient(const RowGradient<T>& row, T scale, int64_t count, T* scores, T* gradient) {
-  const Vector<T> offset(row.shift);
-  for (int64_t j = 0; j < count; j += Vector<T>::size()) {
-    const Vector<T> exponent = Vector<T>::loadu(scores + j) - offset;
-    store_gradient(row, scale, exponential(exponent), exponent, scores + j, gradient + j);
-  }
-}
-
-// The same from q in place of the scores, and log pi.
-template <typename T>
-void map_gradient(const RowGradient<T>& row, T scale, int64_t count, const T* logarithms,
-                  T* probabilities, T* gradient) {
-  for (int64_t j = 0; j < count; j += Vector<T>::size()) {
-    store_gradient(row, scale, Vector<T>::loadu(probabilities + j),
-                   Vector<T>::loadu(logarithms + j), probabilities + j, gradient + j);
-  }
-}
 
 template <typename scalar_t, typename acc_t = accumulate_t<scalar_t>>
 RowGradient<acc_t> row_gradient(const AttentionBackward<scalar_t>& call,
@@ -72,47 +39,75 @@ RowGradient<acc_t> row_gradient(const AttentionBackward<scalar_t>& call,
   return row;
 }
 
-// Calls process(tile, counted) for every call.splits-th tile of keys, which lie on one side of
-// entropy_from.
-template <typename scalar_t, typename Process>
-void for_each_key_tile(const AttentionBackward<scalar_t>& call, int64_t key_block, int64_t split,
-                       Process&& process) {
-  const bool wants_entropy = call.entropy != EntropyKind::none;
-  const int64_t from = wants_entropy ? std::min(call.entropy_from, call.key_length) : 0;
-  int64_t turn = 0;
-  for (const auto& [first, last, counted] :
-       {std::tuple{int64_t{0}, from, false}, std::tuple{from, call.key_length, wants_entropy}}) {
-    for (int64_t column = first; column < last; column += key_block) {
-      if (turn++ % call.splits != split) continue;
-      process(Tile{column, std::min(key_block, last - column)}, counted);
-    }
-  }
-}
-
-// One key head's part of a tile: operands, and the gradients that gather.
-template <typename scalar_t>
-struct KeyTile {
-  RightOperand<stored_type<scalar_t>, element_type<scalar_t>> keys;
-  Panels<element_type<scalar_t>> packed_keys, packed_values;
-  bool finite;  // keys
-  accumulate_t<scalar_t>*grad_keys, *grad_values;
+// Keys on one side of entropy_from.
+struct CountedTile : Tile {
+  bool counted;
 };
 
-// target[j, :] += sum_i coefficients[i, j] rows[i, :], for tiles of a block whose first rows may
-// see fewer keys: row i meets the keys below seen[i].
-template <typename T, typename E, typename stored_t>
-void accumulate_transposed(int64_t keys, int64_t width, int64_t queries, const int64_t* seen,
-                           const Coefficients<T, E>& coefficients,
-                           const RightOperand<stored_t, E>& rows, bool guarded, T* target,
-                           int64_t target_stride) {
-  static_assert(kGemmRows<T> % Elements<E>::numbers == 0);  // strips, whose rows see the same
-  int64_t first = 0;
-  for (int64_t key = 0; key < keys; key += kGemmRows<T>) {
-    while (first < queries && seen[first] <= key) ++first;
-    accumulate(std::min(kGemmRows<T>, keys - key), width, queries - first,
-               coefficients.from(key, first), rows.from(first), guarded,
-               target + key * target_stride, target_stride);
+// The keys that a thread takes next, from this head on.
+struct NextKeys {
+  int64_t b, key_head;
+  Tile tile;  // without keys behind the last ones
+};
+
+// A task of AttentionKernel::backward: every call.splits-th tile of the keys of one head, or of all
+// heads with "map", and the query heads that they serve.
+template <typename scalar_t>
+class BackwardTask {
+  int64_t splits, split;
+  std::vector<CountedTile> tiles;  // of all splits
+  NextKeys behind{0, 0, {0, 0}};
+
+ public:
+  int64_t b, key_head, key_heads, head, heads;
+
+  BackwardTask(const AttentionBackward<scalar_t>& call, int64_t task, int64_t key_block)
+      : splits(call.splits) {
+    const int64_t units = call.entropy == EntropyKind::map ? 1 : call.key_heads;
+    const int64_t of_split = call.batch * units, group = call.query_heads / call.key_heads;
+    key_heads = call.key_heads / units, heads = key_heads * group;
+    split = task / of_split, b = task / units % call.batch;
+    key_head = task % units * key_heads, head = key_head * group;
+
+    const bool wants_entropy = call.entropy != EntropyKind::none;
+    const int64_t from = wants_entropy ? std::min(call.entropy_from, call.key_length) : 0;
+    for (const auto& [first, last, counted] :
+         {std::tuple{int64_t{0}, from, false}, std::tuple{from, call.key_length, wants_entropy}}) {
+      for (int64_t column = first; column < last; column += key_block) {
+        tiles.push_back({{column, std::min(key_block, last - column)}, counted});
+      }
+    }
+    if (++task == splits * of_split) return;
+    behind = {task / units % call.batch, task % units * key_heads, tiles[task / of_split]};
   }
+
+  // Calls process(tile, next) for the tiles in turn.
+  template <typename Process>
+  void for_each_tile(Process&& process) const {
+    const int64_t count = tiles.size();
+    for (int64_t t = split; t < count; t += splits) {
+      process(tiles[t], t + splits < count ? NextKeys{b, key_head, tiles[t + splits]} : behind);
+    }
+  }
+};
+
+// A block of queries will be differentiated.
+template <typename scalar_t>
+void expect_queries(const AttentionBackward<scalar_t>& call, const QueryBlock<scalar_t>& block,
+                    Upcoming& upcoming) {
+  expect(call.query, block.b, block.head, block.row, block.rows, call.width, upcoming);
+  expect(call.grad_out, block.b, block.head, block.row, block.rows, call.value_width, upcoming);
+}
+
+// The gradients of a tile of keys will be stored.
+template <typename scalar_t>
+void expect_key_gradients(const AttentionBackward<scalar_t>& call, int64_t b, int64_t key_head,
+                          const Tile& tile, Upcoming& upcoming) {
+  const int64_t first = (b * call.key_heads + key_head) * call.key_length + tile.column;
+  upcoming.add(Rows<scalar_t>{call.grad_key + first * call.width, call.width}, tile.columns,
+               call.width);
+  upcoming.add(Rows<scalar_t>{call.grad_value + first * call.value_width, call.value_width},
+               tile.columns, call.value_width);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "gemm.h"
 #include "rows.h"
+#include "upcoming.h"
 #include "vector.h"
 
 #include "../common/online_softmax.h"
@@ -113,6 +114,21 @@ struct QueryBlock {
 struct Tile {
   int64_t column, columns;
 };
+
+// Rows of one head will be needed, unless their elements lie apart.
+template <typename scalar_t>
+void expect(const Operand<const scalar_t>& x, int64_t b, int64_t h, int64_t first, int64_t count,
+            int64_t width, Upcoming& upcoming) {
+  if (x.column == 1) upcoming.add(Rows<scalar_t>{x.at(b, h, first), x.row}, count, width);
+}
+
+// Of keys and values.
+template <typename scalar_t>
+void expect_keys(const AttentionShape<scalar_t>& shape, int64_t b, int64_t key_head,
+                 const Tile& tile, Upcoming& upcoming) {
+  expect(shape.key, b, key_head, tile.column, tile.columns, shape.width, upcoming);
+  expect(shape.value, b, key_head, tile.column, tile.columns, shape.value_width, upcoming);
+}
 
 // Neighbouring rows of a block, which the matrix products take together.
 struct Strip {
@@ -228,12 +244,14 @@ void apply_mask(const Visibility& v, int64_t b, int64_t h, int64_t i, int64_t co
 
 // The scores of a strip, up to the next whole vector; `keys` are packed and carry the scale, unless
 // they are pairs.
-template <typename scalar_t, typename E, typename acc_t = accumulate_t<scalar_t>>
+template <typename scalar_t, typename E, typename acc_t = accumulate_t<scalar_t>,
+          typename Between = DoNothing>
 void score_products(const QueryBlock<scalar_t>& block, const Strip& strip, Rows<E> queries,
-                    Panels<E> keys, acc_t* scores, int64_t stride) {
+                    Panels<E> keys, acc_t* scores, int64_t stride, const Between& between = {}) {
   multiply(strip.rows, whole_vectors<acc_t>(strip.columns), elements<E>(block.shape.width),
            kPaired<E> ? block.shape.scale : acc_t(1),
-           Strided<E>{queries.at(strip.first), queries.stride, 1}, keys, acc_t(0), scores, stride);
+           Strided<E>{queries.at(strip.first), queries.stride, 1}, keys, acc_t(0), scores, stride,
+           between);
 }
 
 // Scores become -inf where a key is hidden from its query and up to the next whole vector.
@@ -274,14 +292,16 @@ T gradient_shift(T lse) {
 
 // probabilities = exp(score - entropy_lse) of one head over keys that count for the entropy, 0
 // where hidden; average += probabilities / heads. Both are [rows, stride].
-template <typename scalar_t, typename E, typename acc_t = accumulate_t<scalar_t>>
+template <typename scalar_t, typename E, typename acc_t = accumulate_t<scalar_t>,
+          typename Between = DoNothing>
 void map_probabilities(const QueryBlock<scalar_t>& block, const Tile& tile,
                        const acc_t* entropy_lse, Rows<E> queries, Panels<E> keys, int64_t stride,
-                       acc_t* probabilities, acc_t* average) {
+                       acc_t* probabilities, acc_t* average, const Between& between = {}) {
   const Vector<acc_t> share(acc_t(1) / static_cast<acc_t>(block.shape.query_heads));
   std::fill(probabilities, probabilities + block.rows * stride, acc_t(0));
   for_each_strip(block, tile, kGemmRows<acc_t>, [&](const Strip& strip) {
-    score_products(block, strip, queries, keys, probabilities + strip.first * stride, stride);
+    score_products(block, strip, queries, keys, probabilities + strip.first * stride, stride,
+                   between);
     hide_keys(block, tile, strip, probabilities + strip.first * stride, stride);
     for (int64_t r = strip.first; r < strip.first + strip.rows; ++r) {
       const Vector<acc_t> shift(gradient_shift(entropy_lse[r]));

@@ -16,7 +16,7 @@ namespace {
 class Upcoming {
   static constexpr int64_t kLine = 64;       // bytes
   static constexpr int64_t kMostLines = 24;  // at a time
-  static constexpr int64_t kSpans = 4;
+  static constexpr int64_t kSpans = 12;
 
   struct Span {
     const char* row;
