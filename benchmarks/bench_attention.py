@@ -110,9 +110,10 @@ def image(case: Case) -> Contest:
 
 def head_average(case: Case) -> Contest:
     """Entropy of the head-averaged map, forward or forward and backward."""
-    qkv, options = inputs(case), {"entropy": "map"}
+    qkv, causal = inputs(case), case.name.endswith("causal")
+    options: Options = {"entropy": "map", "is_causal": causal}
     compiled = torch.compile(peers.materialised_average)
-    gradient = case.name != "forward"
+    gradient = "backward" in case.name
 
     def call(function: Callable[..., Sequence[Tensor | None]]) -> Call:
         return with_gradient(function, qkv) if gradient else partial(function, *qkv)
@@ -121,11 +122,11 @@ def head_average(case: Case) -> Contest:
         check=lambda: _check(qkv, options, gradient=gradient),
         ours=call(partial(ours, options=options)),
         peers={
-            cases.MATERIALISED: call(peers.materialised_average),
-            cases.COMPILED_MAP: call(compiled),
+            cases.MATERIALISED: call(partial(peers.materialised_average, is_causal=causal)),
+            cases.COMPILED_MAP: call(partial(compiled, is_causal=causal)),
         },
         floor=floors.gemm_seconds(
-            product_flops(case, 7 if gradient else 2, causal=False), case.dtype
+            product_flops(case, 7 if gradient else 2, causal=causal), case.dtype
         ),
     )
 

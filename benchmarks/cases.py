@@ -88,7 +88,7 @@ TITLES: dict[str, str] = {
     "attention-forward": "Attention with entropy, forward, causal",
     "attention-forward-backward": "Attention with entropy, forward and backward, causal",
     "attention-image": "Attention with entropy_from = 64, not causal, forward",
-    "attention-map": 'Attention with entropy="map", not causal',
+    "attention-map": 'Attention with entropy="map"',
     "attention-decode": "Attention with entropy, decoding",
     "drift-loss": "drift_loss, forward and backward",
     "verify-tree": "verify_tree",
@@ -166,7 +166,12 @@ def _all() -> list[Case]:
     ]
     cases += [
         Case("attention-map", _IMAGE[0], targets=(Target(1 / 5, MATERIALISED),), name=name)
-        for name in ("forward", "forward and backward")
+        for name in (
+            "forward, causal",
+            "forward and backward, causal",
+            "forward, all keys",
+            "forward and backward, all keys",
+        )
     ]
     cases += _decode_cases()
     drift = _sizes(

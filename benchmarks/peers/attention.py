@@ -45,9 +45,11 @@ def materialised(
     return p @ value, entropy
 
 
-def materialised_average(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def materialised_average(
+    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool
+) -> tuple[Tensor, Tensor]:
     """The published way for one entropy per position: of the map averaged over the heads."""
-    p = _map(query, key, is_causal=False)
+    p = _map(query, key, is_causal)
     mean = p.mean(1)
     return p @ value, -(mean * mean.clamp(min=SMALLEST_PROBABILITY).log()).sum(-1)
 

@@ -31,10 +31,10 @@ class Upcoming {
   // Forgets what was not asked for yet.
   void clear() { current = count = done = 0; }
 
-  // `rows` rows of `width` elements. At most kSpans times.
+  // `rows` rows of `width` elements; from kSpans calls on, nothing more.
   template <typename T>
   void add(Rows<T> first, int64_t rows, int64_t width) {
-    if (rows <= 0 || width <= 0) return;
+    if (rows <= 0 || width <= 0 || count == kSpans) return;
     const int64_t size = sizeof(T);
     const bool adjacent = first.stride == width;
     spans[count++] = {reinterpret_cast<const char*>(first.data), adjacent ? 1 : rows,

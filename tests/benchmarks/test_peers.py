@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from benchmarks.bench_tree import chain_inputs
@@ -17,18 +19,19 @@ from tests.helpers.tolerance import assert_bitwise
 
 def test_attention() -> None:
     query, key, value = (normal(2, 3, 33, 16, seed=seed) for seed in range(3))
-    for causal in (True, False):
-        truth = oracle.attention(query, key, value, is_causal=causal, normalize=False)
+    peers = {
+        "head": (attention_peers.sdpa_twice, attention_peers.materialised),
+        "map": (attention_peers.materialised_average,),
+    }
+    for entropy, causal in itertools.product(peers, (True, False)):
+        truth = oracle.attention(
+            query, key, value, entropy=entropy, is_causal=causal, normalize=False
+        )
         assert truth.entropy is not None
-        for peer in (attention_peers.sdpa_twice, attention_peers.materialised):
-            out, entropy = peer(query, key, value, is_causal=causal)
+        for peer in peers[entropy]:
+            out, row_entropy = peer(query, key, value, is_causal=causal)
             torch.testing.assert_close(out.double(), truth.out, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(entropy.double(), truth.entropy, rtol=1e-4, atol=1e-4)
-    truth = oracle.attention(query, key, value, entropy="map", normalize=False)
-    out, entropy = attention_peers.materialised_average(query, key, value)
-    assert truth.entropy is not None
-    torch.testing.assert_close(out.double(), truth.out, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(entropy.double(), truth.entropy, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(row_entropy.double(), truth.entropy, rtol=1e-4, atol=1e-4)
 
 
 def test_grouped_heads_with_a_mask() -> None:
