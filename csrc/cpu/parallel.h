@@ -17,12 +17,16 @@ int64_t thread_count();
 // The first call in such a child therefore sets PyTorch to one thread.
 void parallel_for(int64_t tasks, const std::function<void(int64_t task, int64_t slot)>& body);
 
-// Calls body(begin, end) on pieces of [0, count) of `piece` items each, in parallel. A single piece
-// runs in the calling thread: choose pieces large enough to pay for waking the others.
+// Calls body(begin, end) on pieces of [0, count) of about `piece` items each, in parallel; every
+// thread gets equally many. A single piece runs in the calling thread: choose pieces large enough
+// to pay for waking the others.
 template <typename Body>
 void for_each_piece(int64_t count, int64_t piece, const Body& body) {
-  parallel_for((count + piece - 1) / piece, [&](int64_t task, int64_t) {
-    body(task * piece, std::min(count, (task + 1) * piece));
+  const int64_t threads = thread_count();
+  int64_t tasks = (count + piece - 1) / piece;
+  if (tasks > threads) tasks = (tasks + threads - 1) / threads * threads;
+  parallel_for(tasks, [&](int64_t task, int64_t) {
+    body(count * task / tasks, count * (task + 1) / tasks);
   });
 }
 
