@@ -178,9 +178,7 @@ void forward_columns(const AttentionForward<scalar_t>& call, const QueryBlock<sc
     }
     const GroupResult<acc_t> result(statistics, in_entropy, first, sizes, call.normalize);
     products.store(call, first, last - first, result.inverse);
-    for (int64_t r = first; r < last; ++r) {
-      store_statistics(call, block, r, result.row(r - first));
-    }
+    result.store(call, block, first, last - first);
     if (kept.scores != nullptr)
       std::copy_n(result.entropy_inverse, last - first, kept.inverses + first);
   }

@@ -74,9 +74,25 @@ struct GroupResult {
     }
   }
 
-  RowResult<T> row(int64_t lane) const {
-    return {maximum[lane], lse[lane],  inverse[lane], entropy_lse[lane],
-            entropy[lane], size[lane], norm[lane]};
+  // Writes the statistics of `count` rows of a block from `first` on.
+  template <typename scalar_t>
+  void store(const AttentionForward<scalar_t>& call, const QueryBlock<scalar_t>& block,
+             int64_t first, int64_t count) const {
+    const int64_t i = block.index(first);  // the others follow, of several heads too
+    std::copy_n(lse, count, call.lse + i);
+    std::copy_n(maximum, count, call.max_score + i);
+    if (call.entropy == EntropyKind::none) return;
+    std::copy_n(entropy_lse, count, call.entropy_lse + i);
+    if (call.entropy == EntropyKind::map) {
+      // Support per head, for the average of the heads to reduce.
+      std::copy_n(size, count, call.entropy_cross + i);
+      return;
+    }
+    std::copy_n(norm, count, call.entropy_norm + i);
+    for (int64_t r = 0; r < count; ++r) {
+      call.entropy_cross[i + r] = -entropy[r];
+      call.entropy_out[i + r] = entropy[r] * norm[r];
+    }
   }
 
  private:

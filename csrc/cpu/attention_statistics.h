@@ -67,7 +67,6 @@ void store_statistics(const AttentionForward<scalar_t>& call, const QueryBlock<s
   if (call.entropy == EntropyKind::none) return;
   call.entropy_lse[i] = row.entropy_lse;
   if (call.entropy == EntropyKind::map) {
-    // Support per head, for the average of the heads to reduce.
     call.entropy_cross[i] = row.size;
     return;
   }
