@@ -129,16 +129,18 @@ class ColumnProducts {
   void store(const AttentionForward<scalar_t>& call, int64_t first, int64_t count,
              const float* factors) const {
     const float* sums = out + first * value_width;
+    scalar_t* target = call.out + block.index(first) * call.value_width;  // the others follow
+    const bool in_place = count == group && value_width == call.value_width;
     store_transposed(
         shape.value_width, count,
         [&](int64_t c, int64_t lane) {
           return _mm512_mul_ps(_mm512_loadu_ps(sums + c * group + lane),
                                _mm512_loadu_ps(factors + lane));
         },
-        rounded_out, value_width);
-    for (int64_t r = 0; r < count; ++r) {
-      std::copy_n(rounded_out + r * value_width, call.value_width,
-                  call.out + block.index(first + r) * call.value_width);
+        in_place ? target : rounded_out, value_width);
+    if (in_place) return;
+    for (int64_t r = 0; r < count; ++r, target += call.value_width) {
+      std::copy_n(rounded_out + r * value_width, call.value_width, target);
     }
   }
 };

@@ -85,13 +85,13 @@ void AttentionKernel<isa, scalar_t>::map_forward(const AttentionForward<scalar_t
   const int64_t heads = call.query_heads, row_blocks = call.blocking.row_blocks;
   // Blocks in turn: of a task, head by head.
   const auto block_of = [&](int64_t turn) {
-    const int64_t own_task = turn / heads, first = own_task % row_blocks * call.blocking.rows;
-    return QueryBlock<scalar_t>{
-        call,         own_task / row_blocks,
-        turn % heads, 1,
-        first,        std::min(call.blocking.rows, call.query_length - first)};
+    const int64_t sample = turn / heads / row_blocks;
+    const int64_t first = turn / heads % row_blocks * call.blocking.rows;
+    const int64_t count = std::min(call.blocking.rows, call.query_length - first);
+    return QueryBlock<scalar_t>{call, sample, turn % heads, 1, first, count};
   };
-  const auto [shape, b, first_head, together, row, rows] = block_of(task * heads);
+  const QueryBlock<scalar_t> first_block = block_of(task * heads);
+  const int64_t b = first_block.b, row = first_block.row, rows = first_block.rows;
   const int64_t stride = whole_panels<scalar_t>(call.key_length);
 
   constexpr int64_t group_rows = kGroup<acc_t>;

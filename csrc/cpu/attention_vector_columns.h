@@ -115,9 +115,9 @@ class ColumnProducts {
   // Stores out times `factors` of a group's rows.
   void store(const AttentionForward<scalar_t>& call, int64_t first, int64_t count,
              const acc_t* factors) const {
-    for (int64_t r = first; r < first + count; ++r) {
-      store_scaled(out + r * out_stride, call.value_width, factors[r - first],
-                   call.out + block.index(r) * call.value_width);
+    scalar_t* target = call.out + block.index(first) * call.value_width;  // the others follow
+    for (int64_t r = 0; r < count; ++r, target += call.value_width) {
+      store_scaled(out + (first + r) * out_stride, call.value_width, factors[r], target);
     }
   }
 };
