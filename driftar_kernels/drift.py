@@ -169,16 +169,15 @@ def _field(
 ) -> tuple[DriftField, Tensor | None]:
     """The field and, where it comes with it, the mean squared force of every problem ``[B]``."""
     values = temperatures
-    if not (
-        _obviously_fit(gen, pos, neg, weights, temperatures, normalization)
-        and backends.runs_cpp(op)
-    ):
+    fits = _obviously_fit(gen, pos, neg, weights, temperatures, normalization)
+    fits = fits and backends.runs_cpp(op)
+    if not fits:
         values = _check(op, gen, pos, neg, weights, temperatures, normalization)
         gen, pos, *rest = _checks.widen_under_autocast(
             gen.device, gen.detach(), pos.detach(), *([] if neg is None else [neg.detach()])
         )
         neg = rest[0] if rest else None
-    backend = backends.select(op, gen.device)
+    backend = "cpu" if fits else backends.select(op, gen.device)
     batch, count, _ = gen.shape
     all_points = count + pos.shape[1] + (0 if neg is None else neg.shape[1])
     many_small = batch >= MIN_PROBLEMS and count * all_points <= MAX_SMALL

@@ -69,6 +69,24 @@ def entropy_prior(
         TypeError, ValueError: an argument of the wrong type, shape, device or range.
     """
     op = "entropy_prior"
+    if not (
+        # The C++ operator's own checks then suffice; those here take longer than a small call.
+        _checks.plain_cpu(mean, entropy, noise)
+        and backends.runs_cpp(op)
+        and _checks.autocast_dtype(mean.device) is None
+    ):
+        mean, noise = _check_sample(op, mean, entropy, noise)
+    settings = _check_settings(op, sigma_max, tau, entropy_max)
+    backend = backends.select(op, mean.device)
+    if backend == "reference":
+        return reference.entropy_prior(mean, entropy, noise, *settings)
+    operator = _library.operator(op, backend)
+    result: Tensor = _library.call(operator, mean, entropy, noise, *settings)
+    return result
+
+
+def _check_sample(op: str, mean: Tensor, entropy: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """mean and noise as they are used."""
     _checks.tensor(op, "mean", mean)
     _checks.tensor(op, "entropy", entropy)
     _checks.tensor(op, "noise", noise)
@@ -80,13 +98,7 @@ def entropy_prior(
         raise ValueError(f"{op}: mean must have at least 1 dimension, got shape []")
     _checks.shape(op, "noise", noise, mean.shape, "[..., C]")
     _checks.shape(op, "entropy", entropy, mean.shape[:-1], "[...]")
-    settings = _check_settings(op, sigma_max, tau, entropy_max)
-    backend = backends.select(op, mean.device)
-    if backend == "reference":
-        return reference.entropy_prior(mean, entropy, noise, *settings)
-    operator = _library.operator(op, backend)
-    result: Tensor = _library.call(operator, mean, entropy, noise, *settings)
-    return result
+    return mean, noise
 
 
 def _check_settings(
