@@ -169,8 +169,9 @@ def _field(
 ) -> tuple[DriftField, Tensor | None]:
     """The field and, where it comes with it, the mean squared force of every problem ``[B]``."""
     values = temperatures
-    fits = _obviously_fit(gen, pos, neg, weights, temperatures, normalization)
-    fits = fits and backends.runs_cpp(op)
+    fits = backends.runs_cpp(op) and _obviously_fit(
+        gen, pos, neg, weights, temperatures, normalization
+    )
     if not fits:
         values = _check(op, gen, pos, neg, weights, temperatures, normalization)
         gen, pos, *rest = _checks.widen_under_autocast(

@@ -121,10 +121,5 @@ void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, Tiles a, Tiles
   std::atomic_signal_fence(std::memory_order_seq_cst);
 }
 
-inline void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, Tiles a, Tiles b, bool add,
-                           float* c, int64_t stride_c) {
-  multiply_tiles(rows, columns, depth, a, b, add, c, stride_c, [] {});
-}
-
 }  // namespace
 }  // namespace driftar::cpu

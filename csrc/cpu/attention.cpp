@@ -178,8 +178,7 @@ ForwardResult attention_forward(const Tensor& query, const Tensor& key, const Te
     if (!one_pass) call.blocking = query_blocking(call, thread_count());
     const QueryBlocking& blocking = call.blocking;
     const int64_t tasks =
-        one_pass ? call.batch * blocking.row_blocks
-                 : call.batch * call.key_heads * blocking.head_blocks * blocking.row_blocks;
+        one_pass ? call.batch * blocking.row_blocks : forward_tasks(call, blocking);
     const int64_t map_tasks =
         map && !one_pass ? call.batch * blocks(call.query_length, kMapQueryBlock) : 0;
     const int64_t slot_size = one_pass

@@ -120,6 +120,12 @@ constexpr int64_t kMapKept = 3 << 17;
 
 inline int64_t blocks(int64_t length, int64_t block) { return (length + block - 1) / block; }
 
+// Tasks of AttentionKernel::forward.
+template <typename scalar_t>
+int64_t forward_tasks(const AttentionShape<scalar_t>& shape, const QueryBlocking& blocking) {
+  return shape.batch * shape.key_heads * blocking.head_blocks * blocking.row_blocks;
+}
+
 template <typename scalar_t>
 QueryBlocking query_blocking(const AttentionShape<scalar_t>& shape, int64_t threads) {
   const int64_t group = shape.query_heads / shape.key_heads;
@@ -129,8 +135,7 @@ QueryBlocking query_blocking(const AttentionShape<scalar_t>& shape, int64_t thre
     result.heads = std::clamp<int64_t>(most / result.rows, 1, group);
     result.row_blocks = blocks(shape.query_length, result.rows);
     result.head_blocks = blocks(group, result.heads);
-    const int64_t tasks = shape.batch * shape.key_heads * result.row_blocks * result.head_blocks;
-    if (tasks >= (most > kMinQueryBlock ? 4 : 1) * threads) break;
+    if (forward_tasks(shape, result) >= (most > kMinQueryBlock ? 4 : 1) * threads) break;
   }
   return result;
 }

@@ -89,7 +89,7 @@ class ColumnProducts {
                    /*add=*/false, scores, group, between);
     if (strip.columns > in_place) {
       multiply_tiles(1, columns, depth, left_tiles(last_keys), right, /*add=*/false,
-                     scores + in_place * group, group);
+                     scores + in_place * group, group, between);
     }
     if (scale_unit != shape.scale) scale_columns(shape.scale, strip.columns, scores);
   }

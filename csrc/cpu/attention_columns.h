@@ -84,9 +84,9 @@ struct KeptScores {
   T* inverses;  // [rows]: 1 / sum over E of what is kept, 0 for an empty row
 };
 
-// Asks, while a tile is computed, for the next keys of its block. Behind the last ones it is for
-// the rows of out, which are written then, and for what `next`, the block that follows, begins
-// with, unless that is null.
+// What to ask for while a tile is computed: the next keys of its block or, during the last ones,
+// the rows of out, which are written then, and what `next`, the block that follows or null, begins
+// with.
 template <typename scalar_t>
 void expect_rows(const AttentionForward<scalar_t>& call, const QueryBlock<scalar_t>& block,
                  const QueryBlock<scalar_t>* next, const KeyOrder& order, const Tile& tile,

@@ -26,8 +26,7 @@ QueryBlock<scalar_t> block_of_task(const AttentionForward<scalar_t>& call, int64
 template <Isa isa, typename scalar_t>
 void AttentionKernel<isa, scalar_t>::forward(const AttentionForward<scalar_t>& call, int64_t task,
                                              acc_t* memory) {
-  const int64_t tasks =
-      call.batch * call.key_heads * call.blocking.head_blocks * call.blocking.row_blocks;
+  const int64_t tasks = forward_tasks(call, call.blocking);
   const QueryBlock<scalar_t> next = block_of_task(call, std::min(task + 1, tasks - 1));
   forward_block(call, block_of_task(call, task), task + 1 < tasks ? &next : nullptr, memory);
 }

@@ -24,7 +24,7 @@ template <typename Body>
 void for_each_piece(int64_t count, int64_t piece, const Body& body) {
   const int64_t threads = thread_count();
   int64_t tasks = (count + piece - 1) / piece;
-  if (tasks > threads) tasks = (tasks + threads - 1) / threads * threads;
+  if (tasks > threads) tasks = std::min((tasks + threads - 1) / threads * threads, count);
   parallel_for(tasks, [&](int64_t task, int64_t) {
     body(count * task / tasks, count * (task + 1) / tasks);
   });
