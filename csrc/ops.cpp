@@ -3,6 +3,7 @@
 // (driftar_kernels/_library.py), the gradient of attention in autograd/.
 
 #include "cpu/isa.h"
+#include "python/direct_call.h"
 
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
@@ -108,4 +109,7 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Native operators of driftar_kernels, registered as torch.ops.driftar.*";
   module.def("build_info", &build_info, "Versions and instruction sets of this build.");
+  module.def("direct_call", &driftar::python::direct_call, pybind11::arg("name"),
+             pybind11::arg("result") = pybind11::none(),
+             "An operator as a function that stays in C++.");
 }

@@ -93,18 +93,6 @@ def readable(value: Tensor) -> bool:
     return value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def plain_cpu(*tensors: object) -> bool:
-    """Whether these are real CPU tensors and the call is not being traced: the C++ operators then
-    check shapes and dtypes themselves, before they look at any value.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    for x in tensors:  # noqa: SIM110 (a generator takes longer)
-        if type(x) is not Tensor or not x.is_cpu:
-            return False
-    return True
-
-
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast asks for on ``device``, or None outside of autocast."""
     kind = device.type

@@ -134,6 +134,20 @@ def native(op: str) -> Any:
     return found
 
 
+def direct(op: str, result: type | None = None) -> Callable[..., Any]:
+    """The C++ operator as a function that stays in C++ (csrc/python/direct_call.h); ``result`` is
+    the type of named tuples that it returns.
+
+    It returns None, having done nothing, where a call is not for it; always, where nothing was
+    built.
+    """
+    return _no_direct_call if native_error is not None else _C.direct_call(op, result)
+
+
+def _no_direct_call(*arguments: Any) -> None:
+    return None
+
+
 def call(operator: Any, *arguments: Any) -> Any:
     """Run a differentiable operator, past its autograd formula where nothing needs it.
 

@@ -96,23 +96,82 @@ def attention(
     Under autocast the inputs are cast to the autocast dtype; statistics stay in fp32.
     """
     parents = None if tree is None else _tree_parents(tree, is_causal, query_offset)
-    plain = attn_mask is None and key_lengths is None and parents is None
-    if not (
-        plain
-        and type(query_offset) is int
-        and _obviously_fit(query, key, value, enable_gqa)
-        and backends.runs_cpp("attention")
-    ):
+    offsets, offset = (
+        (query_offset, 0) if isinstance(query_offset, Tensor) else (None, query_offset)
+    )
+    result: AttentionOutput | None = None
+    if backends.calls_cpp() and _heads_fit(query, key, enable_gqa):
+        result = _direct_forward(  # which checks the rest
+            query,
+            key,
+            value,
+            attn_mask,
+            offsets,
+            key_lengths,
+            parents,
+            offset,
+            _default_scale(query) if scale is None else scale,
+            is_causal,
+            entropy,
+            normalize,
+            entropy_from,
+        )
+    if result is None:
         check_arguments(
             query, key, value, attn_mask, query_offset, key_lengths, parents, enable_gqa
         )
-    _checks.choice("attention", "entropy", entropy, ENTROPY_KINDS)
-    _checks.integral("attention", "entropy_from", entropy_from, minimum=0)
-    if scale is None:
-        scale = 1.0 / math.sqrt(max(query.shape[-1], 1))
-    else:
-        _checks.number("attention", "scale", scale)
+        _checks.choice("attention", "entropy", entropy, ENTROPY_KINDS)
+        _checks.integral("attention", "entropy_from", entropy_from, minimum=0)
+        if scale is not None:
+            _checks.number("attention", "scale", scale)
+        result = _forward(
+            query,
+            key,
+            value,
+            attn_mask,
+            offsets,
+            key_lengths,
+            parents,
+            offset,
+            _default_scale(query) if scale is None else scale,
+            is_causal,
+            entropy,
+            normalize,
+            entropy_from,
+        )
+    return result._replace(entropy=None) if entropy == "none" else result
 
+
+def _heads_fit(query: Tensor, key: Tensor, enable_gqa: bool) -> bool:
+    """What the C++ operator cannot know: whether grouped heads are meant."""
+    return (
+        isinstance(query, Tensor)
+        and isinstance(key, Tensor)
+        and query.dim() == key.dim() == 4
+        and (enable_gqa or query.size(1) == key.size(1))
+    )
+
+
+def _default_scale(query: Tensor) -> float:
+    return 1.0 / math.sqrt(max(query.size(-1), 1))
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    query_offsets: Tensor | None,
+    key_lengths: Tensor | None,
+    parents: Tensor | None,
+    query_offset: int,
+    scale: float,
+    is_causal: bool,
+    entropy: str,
+    normalize: bool,
+    entropy_from: int,
+) -> AttentionOutput:
+    """Checked arguments on the backend that takes them."""
     dtype = _checks.autocast_dtype(query.device)
     if dtype is not None:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -128,7 +187,7 @@ def attention(
                     value,
                     attn_mask,
                     is_causal=is_causal,
-                    query_offset=query_offset,
+                    query_offset=query_offset if query_offsets is None else query_offsets,
                     key_lengths=key_lengths,
                     parents=parents,
                     scale=scale,
@@ -137,25 +196,22 @@ def attention(
                     entropy_from=entropy_from,
                 )
             )
-    offsets, offset = (
-        (query_offset, 0) if isinstance(query_offset, Tensor) else (None, query_offset)
-    )
     out, row_entropy, lse, max_score, *_ = _library.operator("attention_forward", backend)(
         query,
         key,
         value,
         attn_mask,
-        offsets,
+        query_offsets,
         key_lengths,
         parents,
-        offset,
+        query_offset,
         scale,
         is_causal,
         entropy,
         normalize,
         entropy_from,
     )
-    return AttentionOutput(out, None if entropy == "none" else row_entropy, lse, max_score)
+    return AttentionOutput(out, row_entropy, lse, max_score)
 
 
 def _tree_parents(tree: DraftTree, is_causal: bool, query_offset: int | Tensor) -> Tensor:
@@ -166,18 +222,6 @@ def _tree_parents(tree: DraftTree, is_causal: bool, query_offset: int | Tensor) 
     if isinstance(query_offset, Tensor) or query_offset != 0:
         raise ValueError("attention: query_offset must be 0 with tree; nodes follow the prefix")
     return tree.parents
-
-
-def _obviously_fit(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
-    """Whether the C++ operator's own checks suffice, as in most calls: those here take longer than
-    a small call.
-    """
-    return (
-        _checks.plain_cpu(query, key, value)
-        and query.dim() == key.dim() == 4
-        and query.dtype is key.dtype is value.dtype
-        and (enable_gqa or query.size(1) == key.size(1))
-    )
 
 
 def check_arguments(
@@ -375,3 +419,5 @@ _library.register_autograd(
     "attention_forward", _backward, _setup_context, backward_op="attention_backward", native=False
 )
 _library.register_autograd("attention_backward", _no_second_derivative, native=False)
+
+_direct_forward = _library.direct("attention_forward", AttentionOutput)

@@ -81,6 +81,9 @@ BACKENDS: dict[str, Backend] = {
     )
 }
 
+_CPP = (None, "cpu")  # choices that end in the C++ operators
+_is_compiling = torch.compiler.is_compiling
+
 # The documented order: the first backend that takes a device's tensors runs them.
 DEFAULT_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
 
@@ -152,14 +155,11 @@ def _process_choice() -> str | None:
 _process_default = _process_choice()
 
 
-_CPU = torch.device("cpu")
-
-
-def runs_cpp(op: str) -> bool:
-    """Whether CPU tensors given to ``op`` reach the C++ kernels; small calls wait for this."""
-    if _choice.name is None and _process_default is None:
-        return _library.native_error is None  # they come first in the default order
-    return select(op, _CPU) == "cpu"
+def calls_cpp() -> bool:
+    """Whether CPU tensors may go straight to the C++ operators (``_library.direct``), past all that
+    takes longer than a small call: nothing traces it, and nothing else was chosen.
+    """
+    return not _is_compiling() and (_choice.name or _process_default) in _CPP
 
 
 def select(op: str, device: torch.device) -> str:

@@ -168,21 +168,21 @@ def _field(
     group: torch.distributed.ProcessGroup | None,
 ) -> tuple[DriftField, Tensor | None]:
     """The field and, where it comes with it, the mean squared force of every problem ``[B]``."""
-    values = temperatures
-    fits = backends.runs_cpp(op) and _obviously_fit(
-        gen, pos, neg, weights, temperatures, normalization
+    plain = group is None and normalization == "bilateral" and _unweighted(weights)
+    if plain and backends.calls_cpp() and _ranks_fit(gen, pos, neg):
+        many_small, keep = _plan(gen, pos, neg)
+        # checks the rest
+        results = None if many_small else _direct_field(gen, pos, neg, None, keep, temperatures)
+        if results is not None:
+            force, scale, norms, loss = results
+            return DriftField(force, scale, norms), loss
+    values = _check(op, gen, pos, neg, weights, temperatures, normalization)
+    gen, pos, *rest = _checks.widen_under_autocast(
+        gen.device, gen.detach(), pos.detach(), *([] if neg is None else [neg.detach()])
     )
-    if not fits:
-        values = _check(op, gen, pos, neg, weights, temperatures, normalization)
-        gen, pos, *rest = _checks.widen_under_autocast(
-            gen.device, gen.detach(), pos.detach(), *([] if neg is None else [neg.detach()])
-        )
-        neg = rest[0] if rest else None
-    backend = "cpu" if fits else backends.select(op, gen.device)
-    batch, count, _ = gen.shape
-    all_points = count + pos.shape[1] + (0 if neg is None else neg.shape[1])
-    many_small = batch >= MIN_PROBLEMS and count * all_points <= MAX_SMALL
-    keep = batch * count * all_points <= (MAX_KEPT_OF_SMALL if many_small else MAX_KEPT)
+    neg = rest[0] if rest else None
+    backend = backends.select(op, gen.device)
+    many_small, keep = _plan(gen, pos, neg)
     if backend == "cpu" and group is None and not many_small:
         weight = None if _unweighted(weights) else _stack_weights(gen, pos, neg, weights)
         force, scale, norms, loss = _library.native("drift_field")(
@@ -225,26 +225,21 @@ def _unweighted(weights: Weights) -> bool:
     return gen_weight is None and pos_weight is None and neg_weight is None
 
 
-def _obviously_fit(
-    gen: Tensor,
-    pos: Tensor,
-    neg: Tensor | None,
-    weights: Weights,
-    temperatures: Sequence[float],
-    normalization: str,
-) -> bool:
-    """Whether the C++ operators' own checks suffice, as in most calls: those here take longer than
-    a small call.
-    """
+def _ranks_fit(gen: Tensor, pos: Tensor, neg: Tensor | None) -> bool:
     return (
-        _checks.plain_cpu(gen, pos)
-        and temperatures is TEMPERATURES
-        and normalization == "bilateral"
-        and _unweighted(weights)
-        and (neg is None or (_checks.plain_cpu(neg) and neg.dim() == 3 and neg.dtype is gen.dtype))
+        isinstance(gen, Tensor)
+        and isinstance(pos, Tensor)
         and gen.dim() == pos.dim() == 3
-        and gen.dtype is pos.dtype
+        and (neg is None or (isinstance(neg, Tensor) and neg.dim() == 3))
     )
+
+
+def _plan(gen: Tensor, pos: Tensor, neg: Tensor | None) -> tuple[bool, bool]:
+    """Whether the problems are many and small, and whether their distances are kept."""
+    batch, count, _ = gen.shape
+    pairs = count * (count + pos.shape[1] + (0 if neg is None else neg.shape[1]))
+    many_small = batch >= MIN_PROBLEMS and pairs <= MAX_SMALL
+    return many_small, batch * pairs <= (MAX_KEPT_OF_SMALL if many_small else MAX_KEPT)
 
 
 def _check(
@@ -415,3 +410,5 @@ _library.register_fake("drift_force", _force_fake)
 _library.register_fake("drift_squares", _squares_fake, twin=False)
 _library.register_fake("drift_combined_force", _combined_force_fake, twin=False)
 _library.register_fake("drift_loss_gradient", _loss_gradient_fake, twin=False)
+
+_direct_field = _library.direct("drift_field")

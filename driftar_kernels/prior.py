@@ -33,14 +33,18 @@ def entropy_to_sigma(
     Raises:
         TypeError, ValueError: an argument of the wrong type or range.
     """
-    _checks.tensor("entropy_to_sigma", "entropy", entropy)
-    _checks.floating("entropy_to_sigma", entropy=entropy)
-    settings = _check_settings("entropy_to_sigma", sigma_max, tau, entropy_max)
-    backend = backends.select("entropy_to_sigma", entropy.device)
+    op = "entropy_to_sigma"
+    settings = _check_settings(op, sigma_max, tau, entropy_max)
+    if backends.calls_cpp():
+        sigma: Tensor | None = _direct_sigma(entropy, *settings)  # checks the rest
+        if sigma is not None:
+            return sigma
+    _checks.tensor(op, "entropy", entropy)
+    _checks.floating(op, entropy=entropy)
+    backend = backends.select(op, entropy.device)
     if backend == "reference":
         return reference.entropy_to_sigma(entropy, *settings)
-    operator = _library.operator("entropy_to_sigma", backend)
-    result: Tensor = _library.call(operator, entropy, *settings)
+    result: Tensor = _library.call(_library.operator(op, backend), entropy, *settings)
     return result
 
 
@@ -69,19 +73,16 @@ def entropy_prior(
         TypeError, ValueError: an argument of the wrong type, shape, device or range.
     """
     op = "entropy_prior"
-    if not (
-        # The C++ operator's own checks then suffice; those here take longer than a small call.
-        _checks.plain_cpu(mean, entropy, noise)
-        and backends.runs_cpp(op)
-        and _checks.autocast_dtype(mean.device) is None
-    ):
-        mean, noise = _check_sample(op, mean, entropy, noise)
     settings = _check_settings(op, sigma_max, tau, entropy_max)
+    if backends.calls_cpp():
+        sample: Tensor | None = _direct_prior(mean, entropy, noise, *settings)  # checks the rest
+        if sample is not None:
+            return sample
+    mean, noise = _check_sample(op, mean, entropy, noise)
     backend = backends.select(op, mean.device)
     if backend == "reference":
         return reference.entropy_prior(mean, entropy, noise, *settings)
-    operator = _library.operator(op, backend)
-    result: Tensor = _library.call(operator, mean, entropy, noise, *settings)
+    result: Tensor = _library.call(_library.operator(op, backend), mean, entropy, noise, *settings)
     return result
 
 
@@ -208,3 +209,6 @@ _library.register_autograd(
     "entropy_prior", _prior_backward, _prior_setup, backward_op="entropy_prior_backward"
 )
 _library.register_autograd("entropy_prior_backward", _no_second_derivative)
+
+_direct_sigma = _library.direct("entropy_to_sigma")
+_direct_prior = _library.direct("entropy_prior")

@@ -5,7 +5,6 @@ Nothing here knows a model. Layout and sampling algebra: docs/ops/tree.md.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -157,6 +156,10 @@ def walk_tree(tree: DraftTree, accept: Tensor) -> TreeVerdict:
     Raises:
         TypeError, ValueError: ``accept`` is not bool, or its shape or device do not fit ``tree``.
     """
+    if backends.calls_cpp() and isinstance(tree, DraftTree):
+        verdict: TreeVerdict | None = _direct_walk(tree.parents, accept, tree.max_depth)
+        if verdict is not None:
+            return verdict
     _checks.tensor("walk_tree", "accept", accept, rank=2)
     if accept.dtype != torch.bool:
         raise TypeError(f"walk_tree: accept must be bool, got {accept.dtype}")
@@ -187,19 +190,20 @@ def verify_tree(tree: DraftTree, draft: Tensor, target: Tensor, *, tolerance: fl
         TypeError, ValueError: an argument of the wrong dtype, shape, device or range.
     """
     op = "verify_tree"
-    if _checks.plain_cpu(draft, target) and type(tree) is DraftTree and backends.runs_cpp(op):
-        # The smallest call costs what is checked here; the C++ operator checks shapes and dtypes.
-        if not (type(tolerance) is float and 0 <= tolerance < math.inf):
-            _check_tolerance(op, tolerance)
-        verdict = _library.native(op)(tree.parents, draft, target, tolerance, tree.max_depth)
-        return TreeVerdict(*verdict)
+    if backends.calls_cpp() and isinstance(tree, DraftTree):
+        verdict: TreeVerdict | None = _direct_verify(
+            tree.parents, draft, target, tolerance, tree.max_depth
+        )
+        if verdict is not None:
+            return verdict
     _checks.tensor(op, "draft", draft, rank=3)
     _checks.tensor(op, "target", target)
     _checks.same_device(op, draft=draft, target=target)
     _checks.floating(op, draft=draft, target=target)
     _check_tree(op, tree, draft.shape[0], draft.shape[1], draft.device, "draft")
     _checks.shape(op, "target", target, draft.shape, "[B, N, D]")
-    _check_tolerance(op, tolerance)
+    if _checks.number(op, "tolerance", tolerance) < 0:
+        raise ValueError(f"{op}: tolerance must be >= 0, got {tolerance}")
     backend = backends.select(op, draft.device)
     if backend == "reference":
         accept = reference.agreement(draft, target, tolerance)
@@ -209,11 +213,6 @@ def verify_tree(tree: DraftTree, draft: Tensor, target: Tensor, *, tolerance: fl
             tree.parents, draft, target, float(tolerance), tree.max_depth
         )
     )
-
-
-def _check_tolerance(op: str, tolerance: float) -> None:
-    if _checks.number(op, "tolerance", tolerance) < 0:
-        raise ValueError(f"{op}: tolerance must be >= 0, got {tolerance}")
 
 
 def verify_chain(
@@ -306,6 +305,23 @@ def commit_path(
     op = "commit_path"
     if not isinstance(verdict, TreeVerdict):
         raise TypeError(f"{op}: verdict must be a TreeVerdict, got {type(verdict).__name__}")
+    lengths = None
+    if backends.calls_cpp():
+        # checks everything
+        lengths = _direct_commit(key_cache, value_cache, key_lengths, verdict.path, verdict.length)
+    if lengths is None:
+        lengths = _commit(key_cache, value_cache, key_lengths, verdict)
+    if not torch.compiler.is_compiling():
+        # Autograd must see the write; compiled code is functionalised and needs no counter.
+        torch.autograd.graph.increment_version((key_cache, value_cache))
+    return lengths
+
+
+def _commit(
+    key_cache: Tensor, value_cache: Tensor, key_lengths: Tensor, verdict: TreeVerdict
+) -> Tensor:
+    """Arguments of any kind, on the backend that takes them."""
+    op = "commit_path"
     _checks.tensor(op, "key_cache", key_cache, rank=4)
     _checks.tensor(op, "value_cache", value_cache, rank=4)
     _checks.floating(op, key_cache=key_cache, value_cache=value_cache)
@@ -401,3 +417,7 @@ _library.register_fake("commit_path", _commit_fake, mutates=("key_cache", "value
 # Rejection loops of data-dependent length cannot be traced, so the reference is an operator as
 # well.
 _library.define_reference("verify_chain_reference", reference.verify_chain, _chain_fake)
+
+_direct_walk = _library.direct("walk_tree", TreeVerdict)
+_direct_verify = _library.direct("verify_tree", TreeVerdict)
+_direct_commit = _library.direct("commit_path")

@@ -65,6 +65,8 @@ inline at::Tensor expanded_mask(const at::Tensor& attn_mask, const at::Tensor& q
                    "attention: attn_mask must be bool or floating point, got ",
                    attn_mask.scalar_type());
   check_device("attention", "attn_mask", attn_mask, query);
+  TORCH_CHECK_VALUE(!attn_mask.requires_grad(),
+                    "attention: attn_mask must not require grad; its gradient is not provided");
   const int64_t full[4] = {query.size(0), query.size(1), query.size(2), key_length};
   bool fits = attn_mask.dim() <= 4;
   for (int64_t d = 0; d < attn_mask.dim() && fits; ++d) {

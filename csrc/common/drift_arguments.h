@@ -37,6 +37,7 @@ inline void check_drift_points(const char* op, const at::Tensor& gen, const at::
 }
 
 inline void check_temperatures(const char* op, at::ArrayRef<double> temperatures) {
+  TORCH_CHECK_VALUE(!temperatures.empty(), op, ": temperatures must hold at least one value");
   for (const double temperature : temperatures) {
     TORCH_CHECK_VALUE(temperature > 0, op, ": temperatures must be > 0, got ", temperature);
   }

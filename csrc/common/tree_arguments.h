@@ -37,7 +37,8 @@ inline void check_accept(const char* op, const at::Tensor& accept, const at::Ten
 
 // draft and target [B, N, D]
 inline void check_drafts(const char* op, const at::Tensor& draft, const at::Tensor& target,
-                         const at::Tensor& parents) {
+                         const at::Tensor& parents, double tolerance) {
+  TORCH_CHECK_VALUE(tolerance >= 0, op, ": tolerance must be >= 0, got ", tolerance);
   check_floating(op, "draft", draft);
   check_rank(op, "draft", draft, 3);
   check_nodes(op, "draft", draft, parents);
@@ -82,6 +83,12 @@ inline void check_commit(const char* op, const at::Tensor& key_cache, const at::
   check_shape(op, "verdict.length", length, {batch});
   check_shape(op, "verdict.path", path, {batch, path.size(1)});
   check_device(op, "value_cache", value_cache, key_cache);
+  const std::pair<const char*, const at::Tensor&> caches[] = {{"key_cache", key_cache},
+                                                              {"value_cache", value_cache}};
+  for (const auto& [name, x] : caches) {
+    TORCH_CHECK_VALUE(!x.requires_grad(), op, ": ", name,
+                      " must not require grad; it is changed in place");
+  }
   const std::pair<const char*, const at::Tensor&> indices[] = {
       {"key_lengths", key_lengths}, {"verdict.path", path}, {"verdict.length", length}};
   for (const auto& [name, x] : indices) {

@@ -88,7 +88,7 @@ Verdict walk_tree(const Tensor& parents, const Tensor& accept, int64_t max_depth
 Verdict verify_tree(const Tensor& parents, const Tensor& draft, const Tensor& target,
                     double tolerance, int64_t max_depth) {
   const char* op = "verify_tree";
-  check_drafts(op, draft, target, parents);
+  check_drafts(op, draft, target, parents, tolerance);
   const Tensor drafts = draft.contiguous(), targets = target.contiguous();
   const int64_t batch = draft.size(0), nodes = draft.size(1), width = draft.size(2);
   return make_verdict(op, parents, draft, max_depth, [&](const WalkCall& walk) {

@@ -48,7 +48,7 @@ VerdictTensors walk_tree(const Tensor& parents, const Tensor& accept, int64_t ma
 VerdictTensors verify_tree(const Tensor& parents, const Tensor& draft, const Tensor& target,
                            double tolerance, int64_t max_depth) {
   const char* op = "verify_tree";
-  check_drafts(op, draft, target, parents);
+  check_drafts(op, draft, target, parents, tolerance);
   const Tensor drafts = draft.contiguous(), targets = target.contiguous();
   TreeCall call{};
   call.type = scalar_of(op, "draft", draft);
