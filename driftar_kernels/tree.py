@@ -252,6 +252,14 @@ def verify_chain(
             infinite.
     """
     op = "verify_chain"
+    seed = None
+    if backends.calls_cpp() and isinstance(draft, Tensor):
+        seed = _draw_seed(draft.device, generator)
+        verdict: ChainVerdict | None = _direct_chain(
+            draft, draft_mean, draft_std, target_mean, target_std, seed
+        )
+        if verdict is not None:
+            return verdict
     _checks.tensor(op, "draft", draft, rank=3)
     batch, count, width = draft.shape
     tensors = {
@@ -273,14 +281,17 @@ def verify_chain(
     name = "verify_chain_reference" if backend == "reference" else op
     if backend != "cpu":
         _check_std(draft_std=draft_std, target_std=target_std)
-    seed = torch.randint(
-        2**63 - 1, (1,), dtype=torch.int64, device=draft.device, generator=generator
-    )
+    if seed is None:
+        seed = _draw_seed(draft.device, generator)
     return ChainVerdict(
         *_library.operator(name, backend)(
             draft, draft_mean, draft_std, target_mean, target_std, seed
         )
     )
+
+
+def _draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
 
 
 def commit_path(
@@ -420,4 +431,5 @@ _library.define_reference("verify_chain_reference", reference.verify_chain, _cha
 
 _direct_walk = _library.direct("walk_tree", TreeVerdict)
 _direct_verify = _library.direct("verify_tree", TreeVerdict)
+_direct_chain = _library.direct("verify_chain", ChainVerdict)
 _direct_commit = _library.direct("commit_path")

@@ -44,6 +44,13 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     ),
     "verify_tree": lambda: (PARENTS, *torch.randn(2, 1, 3, 4).unbind(), 1, 2),
     "walk_tree": lambda: (PARENTS, torch.tensor([[True, False, True]]), 2),
+    "verify_chain": lambda: (
+        *torch.randn(2, 1, 2, 4).unbind(),
+        torch.rand(1, 2),
+        torch.randn(1, 3, 4),
+        torch.rand(1, 3),
+        torch.tensor([7]),
+    ),
     "drift_field": lambda: (*torch.randn(2, 1, 5, 4).unbind(), None, None, True, (0.1, 1)),
     "entropy_prior": lambda: (torch.randn(2, 3), torch.rand(2), torch.randn(2, 3), 0.5, 2.0, 1.0),
     "entropy_to_sigma": lambda: (torch.rand(4), 0.5, 2.0, 1.0),
