@@ -170,9 +170,8 @@ def _field(
     """The field and, where it comes with it, the mean squared force of every problem ``[B]``."""
     plain = group is None and normalization == "bilateral" and _unweighted(weights)
     if plain and backends.calls_cpp() and _ranks_fit(gen, pos, neg):
-        many_small, keep = _plan(gen, pos, neg)
-        # checks the rest
-        results = None if many_small else _direct_field(gen, pos, neg, None, keep, temperatures)
+        _, keep = _plan(gen, pos, neg)
+        results = _direct_field(gen, pos, neg, None, keep, temperatures)  # checks the rest
         if results is not None:
             force, scale, norms, loss = results
             return DriftField(force, scale, norms), loss
@@ -183,7 +182,7 @@ def _field(
     neg = rest[0] if rest else None
     backend = backends.select(op, gen.device)
     many_small, keep = _plan(gen, pos, neg)
-    if backend == "cpu" and group is None and not many_small:
+    if backend == "cpu" and group is None:
         weight = None if _unweighted(weights) else _stack_weights(gen, pos, neg, weights)
         force, scale, norms, loss = _library.native("drift_field")(
             gen, pos, neg, weight, keep, values

@@ -158,10 +158,28 @@ constexpr int64_t kSmallElements = 1 << 16;
 // Below this many problems, dealing out blocks of each keeps more threads busy.
 constexpr int64_t kManyProblems = 16;
 
+constexpr int64_t kGramPoints = 512;
+
+// Whether it pays to find the distances in the inner products of all points, of which symmetry
+// saves close to half, and the squares of T forces in quadratic forms of them.
+inline bool kept_gram_pays(int64_t rows, int64_t points, int64_t features, int64_t temperatures) {
+  const int64_t products = (1 + temperatures) * rows * features;
+  return points <= kGramPoints && temperatures > 0 &&
+         5 * products > points * (3 * features + 5 * temperatures * rows);
+}
+
+// Squared norms and inner products of the points of one problem.
+template <typename T>
+constexpr int64_t gram_size(int64_t points) {
+  return panel_padded<T>(points) * (panel_padded<T>(points) + 1);
+}
+
 template <typename scalar_t>
 struct DriftBatch : DriftPoints<scalar_t> {
   using acc_t = accumulate_t<scalar_t>;
   acc_t* distances = nullptr;           // [B, N, M] to be kept, or null
+  acc_t* grams = nullptr;               // [B, gram_size()]: weighted_distance() leaves them
+                                        // to squares(); or null
   const acc_t* kept = nullptr;          // [B, N, M] or null
   acc_t scale = 0;                      // global mean distance
   const acc_t* temperatures = nullptr;  // [T]

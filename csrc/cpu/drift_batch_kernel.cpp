@@ -51,9 +51,29 @@ void each_packed(const DriftBatch<scalar_t>& call, int64_t b, acc_t* stripe, acc
   }
 }
 
+// The inner products of all points, and their squared norms.
+template <typename scalar_t, typename acc_t>
+void gram_of(const DriftBatch<scalar_t>& call, int64_t b, acc_t* stripe, acc_t* by_point,
+             acc_t* norms, acc_t* gram) {
+  each_packed(call, b, stripe, norms, by_point,
+              [&](int64_t start, int64_t depth, const acc_t* packed) {
+                add_gram(packed, kBatchDepth<acc_t> * kPanelWidth<acc_t>, depth, call.points,
+                         start > 0, gram);
+              });
+  mirror_gram(call.points, gram);
+}
+
 template <typename scalar_t, typename acc_t>
 void distances_of(const DriftBatch<scalar_t>& call, int64_t b, const ProblemMemory<acc_t>& memory) {
   constexpr int64_t panel_stride = kBatchDepth<acc_t> * kPanelWidth<acc_t>;
+  if (call.grams != nullptr) {
+    acc_t* norms = call.grams + b * gram_size<acc_t>(call.points);
+    acc_t* gram = norms + panel_padded<acc_t>(call.points);
+    gram_of(call, b, memory.stripe, memory.rest, norms, gram);
+    gram_rows(gram, call.generated, call.points, memory.values, memory.stride);
+    products_to_distances(call, b, 0, call.generated, norms, memory.values);
+    return;
+  }
   acc_t* norms = memory.rest;
   each_packed(call, b, memory.stripe, norms, norms + memory.stride,
               [&](int64_t start, int64_t depth, const acc_t* by_point) {
@@ -133,16 +153,17 @@ accumulate_t<scalar_t> inverse_unit(const DriftBatch<scalar_t>& call) {
   return 1 / std::max(call.scale / std::sqrt(static_cast<acc_t>(call.features)), acc_t(kMinScale));
 }
 
+// Whether squares() makes the Gram matrix of a problem itself.
 template <typename scalar_t>
-bool uses_gram(const DriftBatch<scalar_t>& call) {
-  return gram_pays(call.generated, call.points, call.features, call.temperature_count);
+bool makes_gram(const DriftBatch<scalar_t>& call) {
+  return call.grams == nullptr &&
+         gram_pays(call.generated, call.points, call.features, call.temperature_count);
 }
 
 // The norms and inner products of all points, at the end of the scratch memory.
 template <typename scalar_t>
 int64_t gram_scratch(const DriftBatch<scalar_t>& call) {
-  const int64_t size = panel_padded<accumulate_t<scalar_t>>(call.points);
-  return uses_gram(call) ? size * (size + 1) : 0;
+  return makes_gram(call) ? gram_size<accumulate_t<scalar_t>>(call.points) : 0;
 }
 
 }  // namespace
@@ -183,15 +204,11 @@ void DriftBatchKernel<isa, scalar_t>::squares(const DriftBatch<scalar_t>& call, 
   const int64_t points = call.points, rows = call.generated, count = call.temperature_count;
   ForceMemory<acc_t> problem(rows, points, count, count, memory);
   const int64_t stride = problem.stride;
-  acc_t* norms = memory + scratch(call) - gram_scratch(call);
+  const bool makes = makes_gram(call);
+  acc_t* norms = makes ? memory + scratch(call) - gram_scratch(call)
+                       : call.grams + (call.grams == nullptr ? 0 : b * gram_size<acc_t>(points));
   acc_t* gram = norms + panel_padded<acc_t>(points);
-  if (uses_gram(call)) {
-    each_packed(call, b, problem.stripe, norms, problem.rest,
-                [&](int64_t start, int64_t depth, const acc_t* by_point) {
-                  add_gram(by_point, kBatchDepth<acc_t> * width, depth, points, start > 0, gram);
-                });
-    mirror_gram(points, gram);
-  }
+  if (makes) gram_of(call, b, problem.stripe, problem.rest, norms, gram);
   const acc_t factor = inverse_unit(call);
   const DistanceRows<acc_t> distances = distance_rows(call, b, problem);
   scale_distances(distances.data, distances.stride, 0, rows, points, call.scale, problem.values,
@@ -209,7 +226,7 @@ void DriftBatchKernel<isa, scalar_t>::squares(const DriftBatch<scalar_t>& call, 
     balance.save(saved_balance(call, b, t));
   }
   double* squares = call.squares + b * count;
-  bool settled = uses_gram(call);
+  bool settled = makes || call.grams != nullptr;
   for (int64_t t = 0; t < count && settled; ++t) {
     squares[t] = quadratic_form(problem.coefficients + t * rows * stride, rows, points, stride,
                                 gram, norms, problem.sums);

@@ -13,7 +13,6 @@ namespace {
 // Below this share of sum_j c_j^2 |y_j|^2, what uncorrelated points would give, too much of the
 // quadratic form has cancelled.
 constexpr double kSettledShare = 0.25;
-constexpr int64_t kGramPoints = 512;
 
 // Whether G, whose symmetry saves close to half, and T quadratic forms of N rows cost clearly less
 // than T products of N x M coefficients with the points.
@@ -35,6 +34,17 @@ void add_gram(const T* by_point, int64_t panel_stride, int64_t depth, int64_t po
                      by_point + panel * panel_stride, add,
                      gram + (panel * size + other * width) * width, width);
     }
+  }
+}
+
+// The first rows of the Gram matrix as rows of values.
+template <typename T>
+void gram_rows(const T* gram, int64_t rows, int64_t points, T* values, int64_t stride) {
+  constexpr int64_t width = kPanelWidth<T>;
+  const int64_t size = panel_padded<T>(points);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t first = 0; first < points; first += width)
+      std::copy_n(gram + first * size + r * width, width, values + r * stride + first);
   }
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -98,6 +99,18 @@ def test_forces_that_nearly_cancel(backend: str, noise: float) -> None:
     pos = gen + noise * normal(*gen.shape, seed=9)
     for weight in (1.0, 0.0):
         check(gen, pos, neg, neg_weight=torch.full(neg.shape[:2], weight))
+
+
+@BATCHES
+@pytest.mark.parametrize("channels", [12, size(300, 130)])
+def test_pass_by_pass(backend: str, batch: int, channels: int) -> None:
+    """A process group has sums to exchange between the passes, which are one operator without."""
+    gen, pos, neg, keywords = drift_inputs(batch, 40, 50, 7, channels, weighted=True)
+    whole = drift_field(gen, pos, neg, **keywords)
+    with mock.patch.object(torch.distributed, "all_reduce"):
+        passes = drift_field(gen, pos, neg, **keywords, group=mock.sentinel.group)
+    for name, ours, other in zip(whole._fields, whole, passes, strict=True):
+        assert_relative(ours, other, 1e-4, name)
 
 
 @BATCHES

@@ -95,14 +95,14 @@ def run_drift() -> None:
         gen, pos, neg, _ = drift_inputs(batch, 17, 20, 3, 4)
         with mock.patch.object(drift, "MIN_PROBLEMS", many):
             drift_field(gen, pos, neg)
+            # A group is served step by step.
+            with mock.patch.object(torch.distributed, "all_reduce"):
+                drift_field(gen, pos, neg, group=mock.sentinel.group)
             # Too large for keeping the distances.
             with mock.patch.multiple(drift, MAX_KEPT=0, MAX_KEPT_OF_SMALL=0):
                 drift_field(gen, pos, neg)
     gen, pos, neg, _ = drift_inputs(dtype=torch.bfloat16)
     drift_field(gen, pos, neg)
-    # A group is served step by step.
-    with mock.patch.object(torch.distributed, "all_reduce"):
-        drift_field(gen, pos, neg, group=mock.sentinel.group)
 
 
 def run_prior() -> None:
