@@ -161,11 +161,12 @@ constexpr int64_t kManyProblems = 16;
 constexpr int64_t kGramPoints = 512;
 
 // Whether it pays to find the distances in the inner products of all points, of which symmetry
-// saves close to half, and the squares of T forces in quadratic forms of them.
+// saves close to half, and the squares of T forces in quadratic forms of them. A product that waits
+// in memory costs as much as 32 multiplications.
 inline bool kept_gram_pays(int64_t rows, int64_t points, int64_t features, int64_t temperatures) {
-  const int64_t products = (1 + temperatures) * rows * features;
+  const int64_t saved = (1 + temperatures) * rows * features;
   return points <= kGramPoints && temperatures > 0 &&
-         5 * products > points * (3 * features + 5 * temperatures * rows);
+         20 * saved > points * (12 * features + 13 * temperatures * rows + 20 * 32);
 }
 
 // Squared norms and inner products of the points of one problem.

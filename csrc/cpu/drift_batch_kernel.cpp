@@ -51,7 +51,7 @@ void each_packed(const DriftBatch<scalar_t>& call, int64_t b, acc_t* stripe, acc
   }
 }
 
-// The inner products of all points, and their squared norms.
+// The inner products of all points, upper triangle of panels, and their squared norms.
 template <typename scalar_t, typename acc_t>
 void gram_of(const DriftBatch<scalar_t>& call, int64_t b, acc_t* stripe, acc_t* by_point,
              acc_t* norms, acc_t* gram) {
@@ -60,7 +60,6 @@ void gram_of(const DriftBatch<scalar_t>& call, int64_t b, acc_t* stripe, acc_t* 
                 add_gram(packed, kBatchDepth<acc_t> * kPanelWidth<acc_t>, depth, call.points,
                          start > 0, gram);
               });
-  mirror_gram(call.points, gram);
 }
 
 template <typename scalar_t, typename acc_t>
@@ -70,6 +69,7 @@ void distances_of(const DriftBatch<scalar_t>& call, int64_t b, const ProblemMemo
     acc_t* norms = call.grams + b * gram_size<acc_t>(call.points);
     acc_t* gram = norms + panel_padded<acc_t>(call.points);
     gram_of(call, b, memory.stripe, memory.rest, norms, gram);
+    mirror_gram(call.generated, call.points, gram);
     gram_rows(gram, call.generated, call.points, memory.values, memory.stride);
     products_to_distances(call, b, 0, call.generated, norms, memory.values);
     return;

@@ -14,11 +14,11 @@ namespace {
 // quadratic form has cancelled.
 constexpr double kSettledShare = 0.25;
 
-// Whether G, whose symmetry saves close to half, and T quadratic forms of N rows cost clearly less
-// than T products of N x M coefficients with the points.
+// Whether G, made for them alone, and T quadratic forms of N rows cost clearly less than T products
+// of N x M coefficients with the points.
 inline bool gram_pays(int64_t rows, int64_t points, int64_t features, int64_t temperatures) {
   const int64_t sums = temperatures * rows;
-  return points <= kGramPoints && 3 * sums * features > points * (3 * features + 5 * sums);
+  return points <= kGramPoints && 20 * sums * features > points * (18 * features + 13 * sums);
 }
 
 // gram[stripes, M padded, width] (+)= inner products over `depth` <= kDepth features of points
@@ -48,21 +48,22 @@ void gram_rows(const T* gram, int64_t rows, int64_t points, T* values, int64_t s
   }
 }
 
-// Fills in the lower triangle.
+// Fills in the lower triangle of the first `rows` rows.
 template <typename T>
-void mirror_gram(int64_t points, T* gram) {
+void mirror_gram(int64_t rows, int64_t points, T* gram) {
   constexpr int64_t width = kPanelWidth<T>;
   const int64_t size = panel_padded<T>(points);
   for (int64_t panel = 0; panel < panels_of<T>(points); ++panel) {
-    for (int64_t other = 0; other < panel; ++other) {
-      transpose_panel(gram + (panel * size + other * width) * width,
-                      gram + (other * size + panel * width) * width);
+    for (int64_t other = panel + 1; other < panels_of<T>(rows); ++other) {
+      transpose_panel(gram + (other * size + panel * width) * width,
+                      gram + (panel * size + other * width) * width);
     }
   }
 }
 
 // sum_i c_i^T G c_i of coefficients [rows, M padded], or a negative number if that has lost too
-// much to cancellation. `sums` holds [rows, width].
+// much to cancellation. Of G the upper triangle of panels counts, twice beyond the diagonal. `sums`
+// holds [rows, width].
 template <typename T>
 double quadratic_form(const T* coefficients, int64_t rows, int64_t points, int64_t stride,
                       const T* gram, const T* squared_norms, T* sums) {
@@ -71,7 +72,14 @@ double quadratic_form(const T* coefficients, int64_t rows, int64_t points, int64
   const int64_t size = panel_padded<T>(points);
   double form = 0, uncorrelated = 0;
   for (int64_t first = 0; first < points; first += width) {
-    weighted_sums(rows, points, coefficients, stride, gram + first * size, sums);
+    const Strided<T> left{coefficients, stride, 1};
+    const T* panel = gram + first * size;
+    for (int64_t start = 0; start < first; start += kDepth) {
+      const int64_t depth = std::min(kDepth, first - start);
+      multiply_panel(rows, depth, left.from(0, start), panel + start * width, start > 0, sums,
+                     width, T(2));
+    }
+    multiply_panel(rows, width, left.from(0, first), panel + first * width, first > 0, sums, width);
     for (int64_t r = 0; r < rows; ++r) {
       V product(T(0)), square(T(0));
       for (int64_t j = 0; j < width; j += V::size()) {

@@ -13,11 +13,11 @@ namespace {
 // short ones, which rounds less.
 constexpr int64_t kDepth = 256;
 
-// out[rows, width] (+)= left right, for one panel [depth, width] and depth <= kDepth.
+// out[rows, width] (+)= factor left right, for one panel [depth, width] and depth <= kDepth.
 template <typename T>
 void multiply_panel(int64_t rows, int64_t depth, Strided<T> left, const T* right, bool add, T* out,
-                    int64_t stride) {
-  multiply(rows, kPanelWidth<T>, depth, T(1), left, in_place(right, kPanelWidth<T>),
+                    int64_t stride, T factor = T(1)) {
+  multiply(rows, kPanelWidth<T>, depth, factor, left, in_place(right, kPanelWidth<T>),
            add ? T(1) : T(0), out, stride);
 }
 
