@@ -28,7 +28,8 @@ try:
     build_info = _C.build_info()
     if build_info["problem"]:
         raise ImportError(build_info["problem"])
-except (ImportError, OSError) as error:
+    _direct_call: Callable[..., Any] = _C.direct_call
+except (ImportError, OSError, AttributeError) as error:  # the last: built from older sources
     native_error = (
         "the compiled library driftar_kernels._C did not load with "
         f"PyTorch {torch.__version__}: {error}"
@@ -141,7 +142,7 @@ def direct(op: str, result: type | None = None) -> Callable[..., Any]:
     It returns None, having done nothing, where a call is not for it; always, where nothing was
     built.
     """
-    return _no_direct_call if native_error is not None else _C.direct_call(op, result)
+    return _no_direct_call if native_error is not None else _direct_call(op, result)
 
 
 def _no_direct_call(*arguments: Any) -> None:

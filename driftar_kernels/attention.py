@@ -148,12 +148,12 @@ def _heads_fit(query: Tensor, key: Tensor, enable_gqa: bool) -> bool:
         isinstance(query, Tensor)
         and isinstance(key, Tensor)
         and query.dim() == key.dim() == 4
-        and (enable_gqa or query.size(1) == key.size(1))
+        and (enable_gqa or query.shape[1] == key.shape[1])
     )
 
 
 def _default_scale(query: Tensor) -> float:
-    return 1.0 / math.sqrt(max(query.size(-1), 1))
+    return 1.0 / math.sqrt(max(query.shape[-1], 1))
 
 
 def _forward(

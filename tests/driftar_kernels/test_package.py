@@ -52,9 +52,15 @@ except RuntimeError as error:
 """
 
 
-def test_works_without_the_compiled_library() -> None:
+MISSING = "None"
+# It lacks what the Python files expect of it.
+OUTDATED = "__import__('types').SimpleNamespace(build_info=lambda: {'problem': ''})"
+
+
+@pytest.mark.parametrize("library", [MISSING, OUTDATED], ids=["missing", "outdated"])
+def test_works_without_the_compiled_library(library: str) -> None:
     """One warning, the reference for everything, a reason on asking for the missing one."""
-    block = "import sys; sys.modules['driftar_kernels._C'] = None\n"
+    block = f"import sys; sys.modules['driftar_kernels._C'] = {library}\n"
     done = python("-W", "always", "-c", block + USE_EVERYTHING)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("UserWarning") == 1 and "reference" in done.stderr
