@@ -11,7 +11,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
+#include <limits>
 #include <tuple>
 #include <vector>
 

@@ -25,12 +25,12 @@ struct DriftTensors {
 
 struct DriftDistances {
   at::Tensor values;  // [B, N, M], or empty unless they are to be kept
-  at::Tensor grams;   // [B, gram_size()] where they save `temperatures` products, or empty
+  at::Tensor grams;   // [B, gram_size()], or empty
   double total;       // sum_ij d_ij w_j / N over the batch
 };
 
-// With `temperatures`, of many small problems, what the squares of so many forces can use is kept
-// too.
+// The inner products of many small problems are kept where they pay for the squares of the forces
+// of so many temperatures.
 DriftDistances weighted_distances(const DriftTensors& points, bool keep, int64_t temperatures);
 
 // What the forces need besides the points.
