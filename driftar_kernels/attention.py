@@ -100,7 +100,13 @@ def attention(
         (query_offset, 0) if isinstance(query_offset, Tensor) else (None, query_offset)
     )
     result: AttentionOutput | None = None
-    if backends.calls_cpp() and _heads_fit(query, key, enable_gqa):
+    if (
+        backends.calls_cpp()
+        and isinstance(query, Tensor)
+        and isinstance(key, Tensor)
+        and query.dim() == key.dim() == 4
+        and (enable_gqa or query.shape[1] == key.shape[1])
+    ):
         result = _direct_forward(  # which checks the rest
             query,
             key,
@@ -140,16 +146,6 @@ def attention(
             entropy_from,
         )
     return result._replace(entropy=None) if entropy == "none" else result
-
-
-def _heads_fit(query: Tensor, key: Tensor, enable_gqa: bool) -> bool:
-    """What the C++ operator cannot know: whether grouped heads are meant."""
-    return (
-        isinstance(query, Tensor)
-        and isinstance(key, Tensor)
-        and query.dim() == key.dim() == 4
-        and (enable_gqa or query.shape[1] == key.shape[1])
-    )
 
 
 def _default_scale(query: Tensor) -> float:

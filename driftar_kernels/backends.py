@@ -82,7 +82,8 @@ BACKENDS: dict[str, Backend] = {
 }
 
 _CPP = (None, "cpu")  # choices that end in the C++ operators
-_is_compiling = torch.compiler.is_compiling
+# Tensors of other traces are of subclasses, or seen by modes: direct calls leave them.
+_is_traced = torch.compiler.is_dynamo_compiling
 
 # The documented order: the first backend that takes a device's tensors runs them.
 DEFAULT_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
@@ -159,7 +160,7 @@ def calls_cpp() -> bool:
     """Whether CPU tensors may go straight to the C++ operators (``_library.direct``), past all that
     takes longer than a small call: nothing traces it, and nothing else was chosen.
     """
-    return not _is_compiling() and (_choice.name or _process_default) in _CPP
+    return not _is_traced() and (_choice.name or _process_default) in _CPP
 
 
 def select(op: str, device: torch.device) -> str:

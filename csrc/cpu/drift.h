@@ -159,6 +159,8 @@ constexpr int64_t kSmallElements = 1 << 16;
 constexpr int64_t kManyProblems = 16;
 
 constexpr int64_t kGramPoints = 512;
+// Larger results would not stay in the caches until they are read.
+constexpr int64_t kCachedBytes = 1 << 23;
 
 // Whether it pays to find the distances in the inner products of all points, of which symmetry
 // saves close to half, and the squares of T forces in quadratic forms of them. A product that waits
@@ -189,6 +191,12 @@ struct DriftBatch : DriftPoints<scalar_t> {
   const acc_t* factors = nullptr;  // [T]: of the temperatures in the sum
   acc_t* force = nullptr;          // [B, N, S]
   double* squares = nullptr;       // [B, T]; combine: [B], of the sum
+
+  // Whether results of so many columns for every generated sample go past the caches.
+  bool streams(int64_t columns) const {
+    const int64_t size = this->batch * this->generated * columns;
+    return size * static_cast<int64_t>(sizeof(acc_t)) > kCachedBytes;
+  }
 };
 
 template <Isa isa, typename scalar_t>

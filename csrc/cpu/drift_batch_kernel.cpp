@@ -3,6 +3,7 @@
 
 #include "drift_gram.h"
 #include "drift_softmax.h"
+#include "streaming.h"
 
 #include <tuple>
 
@@ -81,6 +82,17 @@ void distances_of(const DriftBatch<scalar_t>& call, int64_t b, const ProblemMemo
                                start > 0, memory.values, memory.stride);
               });
   products_to_distances(call, b, 0, call.generated, norms, memory.values);
+}
+
+// Rows of a result, `stride` apart, from rows of `values`.
+template <typename T>
+void store_values(const T* values, int64_t value_stride, int64_t rows, int64_t columns,
+                  bool streams, T* target, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* row = values + r * value_stride;
+    streams ? stream_row(row, columns, target + r * stride)
+            : static_cast<void>(std::copy_n(row, columns, target + r * stride));
+  }
 }
 
 // Where the coefficients of `sets` sums of points come from, for T temperatures.
@@ -188,9 +200,9 @@ double DriftBatchKernel<isa, scalar_t>::weighted_distance(const DriftBatch<scala
   const int64_t stride = problem.stride;
   distances_of(call, b, problem);
   if (call.distances != nullptr) {
-    acc_t* kept = call.distances + b * rows * points;
-    for (int64_t r = 0; r < rows; ++r)
-      std::copy_n(problem.values + r * stride, points, kept + r * points);
+    store_values(problem.values, stride, rows, points, call.streams(points),
+                 call.distances + b * rows * points, points);
+    finish_streaming();
   }
   acc_t* weight = problem.rest;
   std::fill(std::copy_n(call.weight + b * points, points, weight), weight + stride, acc_t(0));
@@ -267,19 +279,20 @@ void DriftBatchKernel<isa, scalar_t>::combine(const DriftBatch<scalar_t>& call, 
     }
   }
   acc_t* force = call.force + b * rows * features;
+  const bool streams = call.streams(features);
   double square = 0;
   for (int64_t first = 0; first < features; first += width) {
     const int64_t columns = std::min(width, features - first);
     centred_stripe(call, b, first, problem.stripe);
-    for (int64_t r = 0; r < rows; ++r) {  // fetched during the product
+    for (int64_t r = 0; r < rows && !streams; ++r) {  // fetched during the product
       for (int64_t s = 0; s < columns; s += 64 / static_cast<int64_t>(sizeof(acc_t)))
         __builtin_prefetch(force + r * features + first + s, 1, 2);
     }
     weighted_sums(rows, points, problem.coefficients, stride, problem.stripe, problem.sums);
     square += sum_of_squares(problem.sums, rows * width);  // zeros in the padding
-    for (int64_t r = 0; r < rows; ++r)
-      std::copy_n(problem.sums + r * width, columns, force + r * features + first);
+    store_values(problem.sums, width, rows, columns, streams, force + first, features);
   }
+  finish_streaming();
   call.squares[b] = square;
 }
 
