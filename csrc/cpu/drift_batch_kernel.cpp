@@ -11,52 +11,70 @@ namespace driftar::cpu {
 
 namespace {
 
-// Features whose points are packed at a time for the distances.
+// Stripes that are loaded at a time, and their features.
+constexpr int64_t kStripes = 4;
 template <typename acc_t>
-constexpr int64_t kBatchDepth = 4 * kPanelWidth<acc_t>;
+constexpr int64_t kBatchDepth = kStripes * kPanelWidth<acc_t>;
 
 // What the passes over one problem share.
 template <typename acc_t>
 struct ProblemMemory {
   int64_t generated, points, stride;
-  acc_t* stripe;  // [M padded, width]
-  acc_t* values;  // [N, M padded]: distances, then D
+  acc_t* stripes;  // [kStripes, M padded, width]
+  acc_t* values;   // [N, M padded]: distances, then D
   acc_t* rest;
 
   ProblemMemory(int64_t generated, int64_t points, acc_t* memory)
       : generated(generated),
         points(points),
         stride(row_length<acc_t>(points)),
-        stripe(memory),
-        values(stripe + stride * kPanelWidth<acc_t>),
+        stripes(memory),
+        values(stripes + kStripes * stripe_size()),
         rest(values + generated * stride) {
-    std::fill(stripe + points * kPanelWidth<acc_t>, values, acc_t(0));
+    for (int64_t k = 0; k < kStripes; ++k) {
+      acc_t* stripe = stripes + k * stripe_size();
+      std::fill(stripe + points * kPanelWidth<acc_t>, stripe + stripe_size(), acc_t(0));
+    }
+  }
+
+  int64_t stripe_size() const { return stride * kPanelWidth<acc_t>; }
+
+  // Calls visit(first, stripe) for the centred stripes of problem b.
+  template <typename scalar_t, typename Visitor>
+  void each_stripe(const DriftBatch<scalar_t>& call, int64_t b, Visitor&& visit) const {
+    constexpr int64_t depth = kBatchDepth<acc_t>, width = kPanelWidth<acc_t>;
+    for (int64_t start = 0; start < call.features; start += depth) {
+      const int64_t end = std::min(start + depth, call.features);
+      load_stripes(call, b, start, end, stripes, stripe_size());
+      acc_t* stripe = stripes;
+      for (int64_t first = start; first < end; first += width, stripe += stripe_size()) {
+        centre_stripe(stripe, points);
+        visit(first, stripe);
+      }
+    }
   }
 };
 
-// Calls visit(start, depth, by_point) for every block of features, with its points packed panels
+// Calls visit(start, depth, by_point) for every kBatchDepth features, with the points packed panels
 // kBatchDepth * width apart, and sums up the squared norms. by_point has room for M padded x
 // kBatchDepth.
 template <typename scalar_t, typename acc_t, typename Visitor>
-void each_packed(const DriftBatch<scalar_t>& call, int64_t b, acc_t* stripe, acc_t* norms,
-                 acc_t* by_point, Visitor&& visit) {
+void each_packed(const DriftBatch<scalar_t>& call, int64_t b, const ProblemMemory<acc_t>& memory,
+                 acc_t* norms, acc_t* by_point, Visitor&& visit) {
   constexpr int64_t width = kPanelWidth<acc_t>, depth = kBatchDepth<acc_t>;
-  for (int64_t start = 0; start < call.features; start += depth) {
-    const int64_t end = std::min(start + depth, call.features);
-    for (int64_t first = start; first < end; first += width) {
-      centred_stripe(call, b, first, stripe);
-      transpose_stripe(stripe, call.points, std::min(width, end - first),
-                       by_point + (first - start) * width, depth * width, first > 0, norms);
-    }
-    visit(start, end - start, by_point);
-  }
+  memory.each_stripe(call, b, [&](int64_t first, const acc_t* stripe) {
+    const int64_t end = std::min(first + width, call.features), start = first / depth * depth;
+    transpose_stripe(stripe, call.points, end - first, by_point + (first - start) * width,
+                     depth * width, first > 0, norms);
+    if (end == std::min(start + depth, call.features)) visit(start, end - start, by_point);
+  });
 }
 
 // The inner products of all points, upper triangle of panels, and their squared norms.
 template <typename scalar_t, typename acc_t>
-void gram_of(const DriftBatch<scalar_t>& call, int64_t b, acc_t* stripe, acc_t* by_point,
+void gram_of(const DriftBatch<scalar_t>& call, int64_t b, const ProblemMemory<acc_t>& memory,
              acc_t* norms, acc_t* gram) {
-  each_packed(call, b, stripe, norms, by_point,
+  each_packed(call, b, memory, norms, memory.rest,
               [&](int64_t start, int64_t depth, const acc_t* packed) {
                 add_gram(packed, kBatchDepth<acc_t> * kPanelWidth<acc_t>, depth, call.points,
                          start > 0, gram);
@@ -69,14 +87,14 @@ void distances_of(const DriftBatch<scalar_t>& call, int64_t b, const ProblemMemo
   if (call.grams != nullptr) {
     acc_t* norms = call.grams + b * gram_size<acc_t>(call.points);
     acc_t* gram = norms + panel_padded<acc_t>(call.points);
-    gram_of(call, b, memory.stripe, memory.rest, norms, gram);
+    gram_of(call, b, memory, norms, gram);
     mirror_gram(call.generated, call.points, gram);
     gram_rows(gram, call.generated, call.points, memory.values, memory.stride);
     products_to_distances(call, b, 0, call.generated, norms, memory.values);
     return;
   }
   acc_t* norms = memory.rest;
-  each_packed(call, b, memory.stripe, norms, norms + memory.stride,
+  each_packed(call, b, memory, norms, norms + memory.stride,
               [&](int64_t start, int64_t depth, const acc_t* by_point) {
                 inner_products(by_point, panel_stride, depth, 0, call.generated, call.points,
                                start > 0, memory.values, memory.stride);
@@ -184,7 +202,7 @@ template <Isa isa, typename scalar_t>
 int64_t DriftBatchKernel<isa, scalar_t>::scratch(const DriftBatch<scalar_t>& call) {
   constexpr int64_t width = kPanelWidth<acc_t>;
   const int64_t stride = row_length<acc_t>(call.points), rows = call.generated;
-  const int64_t problem = stride * width + rows * stride;
+  const int64_t problem = kStripes * stride * width + rows * stride;
   const int64_t distances = stride * (2 + kBatchDepth<acc_t>);
   const int64_t sets = call.temperature_count + 1;
   const int64_t balances = call.temperature_count * Balance<acc_t>::size(rows, call.points);
@@ -220,7 +238,7 @@ void DriftBatchKernel<isa, scalar_t>::squares(const DriftBatch<scalar_t>& call, 
   acc_t* norms = makes ? memory + scratch(call) - gram_scratch(call)
                        : call.grams + (call.grams == nullptr ? 0 : b * gram_size<acc_t>(points));
   acc_t* gram = norms + panel_padded<acc_t>(points);
-  if (makes) gram_of(call, b, problem.stripe, problem.rest, norms, gram);
+  if (makes) gram_of<scalar_t, acc_t>(call, b, problem, norms, gram);
   const acc_t factor = inverse_unit(call);
   const DistanceRows<acc_t> distances = distance_rows(call, b, problem);
   scale_distances(distances.data, distances.stride, 0, rows, points, call.scale, problem.values,
@@ -246,14 +264,13 @@ void DriftBatchKernel<isa, scalar_t>::squares(const DriftBatch<scalar_t>& call, 
   }
   if (settled) return;
   std::fill_n(squares, count, 0.0);
-  for (int64_t first = 0; first < call.features; first += width) {
-    centred_stripe(call, b, first, problem.stripe);
+  problem.each_stripe(call, b, [&](int64_t, const acc_t* stripe) {
     for (int64_t t = 0; t < count; ++t) {
-      weighted_sums(rows, points, problem.coefficients + t * rows * stride, stride, problem.stripe,
+      weighted_sums(rows, points, problem.coefficients + t * rows * stride, stride, stripe,
                     problem.sums);
       squares[t] += sum_of_squares(problem.sums, rows * width);
     }
-  }
+  });
 }
 
 template <Isa isa, typename scalar_t>
@@ -281,17 +298,16 @@ void DriftBatchKernel<isa, scalar_t>::combine(const DriftBatch<scalar_t>& call, 
   acc_t* force = call.force + b * rows * features;
   const bool streams = call.streams(features);
   double square = 0;
-  for (int64_t first = 0; first < features; first += width) {
+  problem.each_stripe(call, b, [&](int64_t first, const acc_t* stripe) {
     const int64_t columns = std::min(width, features - first);
-    centred_stripe(call, b, first, problem.stripe);
     for (int64_t r = 0; r < rows && !streams; ++r) {  // fetched during the product
       for (int64_t s = 0; s < columns; s += 64 / static_cast<int64_t>(sizeof(acc_t)))
         __builtin_prefetch(force + r * features + first + s, 1, 2);
     }
-    weighted_sums(rows, points, problem.coefficients, stride, problem.stripe, problem.sums);
+    weighted_sums(rows, points, problem.coefficients, stride, stripe, problem.sums);
     square += sum_of_squares(problem.sums, rows * width);  // zeros in the padding
     store_values(problem.sums, width, rows, columns, streams, force + first, features);
-  }
+  });
   finish_streaming();
   call.squares[b] = square;
 }

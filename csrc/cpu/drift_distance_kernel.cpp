@@ -13,7 +13,8 @@ void DriftDistanceKernel<isa, scalar_t>::pack(const DriftBlocks<scalar_t>& call,
   const int64_t b = task / stripes, first = task % stripes * width;
   const int64_t padded_points = panel_padded<acc_t>(points);
   acc_t* stripe = call.by_feature == nullptr ? memory : call.by_feature + task * points * width;
-  centred_stripe(call, b, first, stripe);
+  load_stripes(call, b, first, std::min(first + width, call.features), stripe, 0);
+  centre_stripe(stripe, points);
   if (call.by_point == nullptr) return;
   if (stripe != memory) std::copy_n(stripe, points * width, memory);
   std::fill(memory + points * width, memory + padded_points * width, acc_t(0));

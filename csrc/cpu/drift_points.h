@@ -44,37 +44,51 @@ accumulate_t<scalar_t> squared_distance(const DriftPoints<scalar_t>& call, int64
   return sum;
 }
 
-// stripe[M, width]: features [first, first + width) of all points minus their mean, which any
-// nearby constant may stand for: distances and forces do not depend on it.
+// stripes[k][M, width] = features [first + k width, first + (k + 1) width) of all points, for those
+// before `end`. Several stripes at a time read longer pieces of every row.
 template <typename scalar_t, typename acc_t>
-void centred_stripe(const DriftPoints<scalar_t>& call, int64_t b, int64_t first, acc_t* stripe) {
-  using V = Vector<acc_t>;
-  constexpr int64_t width = kPanelWidth<acc_t>, vectors = width / V::size();
+void load_stripes(const DriftPoints<scalar_t>& call, int64_t b, int64_t first, int64_t end,
+                  acc_t* stripes, int64_t stripe_size) {
+  constexpr int64_t width = kPanelWidth<acc_t>;
   constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(scalar_t));
-  const int64_t count = std::min(width, call.features - first);
-  acc_t* target = stripe;
+  // The next features, or the first of the next problem, come into the cache meanwhile: pieces of
+  // many rows are beyond the processor's own prefetching.
+  const bool last = end == call.features;
+  acc_t* target = stripes;
   for (const Samples<scalar_t>& part : call.parts) {
-    const scalar_t* source = part.data + b * part.batch + first * part.column;
-    // The next stripe, or the first of the next problem, comes into the cache meanwhile: short
-    // pieces of many rows are beyond the processor's own prefetching.
-    const int64_t ahead = first + width < call.features ? width : part.batch - first;
+    const scalar_t* source = part.data + b * part.batch;
+    const int64_t ahead = last ? part.batch - first : end - first;
     for (int64_t i = 0; i < part.count; ++i, target += width, source += part.row) {
-      if (count == width && part.column == 1) {
-        for (int64_t s = 0; s < width; s += line) __builtin_prefetch(source + ahead + s, 0, 2);
-        for (int64_t s = 0; s < width; ++s) target[s] = static_cast<acc_t>(source[s]);
-      } else {
-        for (int64_t s = 0; s < count; ++s) target[s] = static_cast<acc_t>(source[s * part.column]);
-        std::fill(target + count, target + width, acc_t(0));
+      acc_t* row = target;
+      for (int64_t s = first; s < end; s += width, row += stripe_size) {
+        const int64_t count = std::min(width, end - s);
+        if (count == width && part.column == 1) {
+          for (int64_t j = 0; j < width; j += line)
+            __builtin_prefetch(source + s + ahead + j, 0, 2);
+          for (int64_t j = 0; j < width; ++j) row[j] = static_cast<acc_t>(source[s + j]);
+        } else {
+          for (int64_t j = 0; j < count; ++j)
+            row[j] = static_cast<acc_t>(source[(s + j) * part.column]);
+          std::fill(row + count, row + width, acc_t(0));
+        }
       }
     }
   }
+}
+
+// Subtracts the mean of a stripe's points, which any nearby constant may stand for: distances and
+// forces do not depend on it.
+template <typename acc_t>
+void centre_stripe(acc_t* stripe, int64_t points) {
+  using V = Vector<acc_t>;
+  constexpr int64_t width = kPanelWidth<acc_t>, vectors = width / V::size();
   // Short sums, added up in double: the mean of many equal points is that point.
   constexpr int64_t kShort = 128;
   double total[width] = {};
-  for (int64_t start = 0; start < call.points; start += kShort) {
+  for (int64_t start = 0; start < points; start += kShort) {
     V sums[vectors];
     for (V& sum : sums) sum = V(acc_t(0));
-    for (int64_t j = start; j < std::min(start + kShort, call.points); ++j) {
+    for (int64_t j = start; j < std::min(start + kShort, points); ++j) {
       for (int64_t v = 0; v < vectors; ++v)
         sums[v] = sums[v] + V::loadu(stripe + j * width + v * V::size());
     }
@@ -84,8 +98,8 @@ void centred_stripe(const DriftPoints<scalar_t>& call, int64_t b, int64_t first,
   }
   alignas(64) acc_t mean[width];
   for (int64_t s = 0; s < width; ++s)
-    mean[s] = static_cast<acc_t>(total[s] / static_cast<double>(call.points));
-  for (int64_t j = 0; j < call.points; ++j) {
+    mean[s] = static_cast<acc_t>(total[s] / static_cast<double>(points));
+  for (int64_t j = 0; j < points; ++j) {
     acc_t* row = stripe + j * width;
     for (int64_t s = 0; s < width; ++s) row[s] -= mean[s];
   }
