@@ -37,7 +37,7 @@ __all__ = ["ArchitectureError", "CheckpointError", "CheckpointStore"]
 
 _log = logging.getLogger(__name__)
 _STEP_NAME = re.compile(r"step_(\d{8,})")
-_TEMPORARY_NAME = re.compile(r"step_\d{8,}\.(tmp|old)-\d+")
+_TEMPORARY_NAME = re.compile(r"step_\d{8,}\.(tmp|old)-\d+|\.latest\.tmp-\d+")
 _STATE_TENSORS = "state.safetensors"
 _STATE_JSON = "state.json"
 _KIND = "training"
@@ -79,7 +79,10 @@ class CheckpointStore:
         for entry in self.directory.iterdir():
             if _TEMPORARY_NAME.fullmatch(entry.name) and not entry.is_symlink():
                 _log.info("removing the unfinished %s", entry)
-                shutil.rmtree(entry, ignore_errors=True)
+                if entry.is_dir():
+                    shutil.rmtree(entry, ignore_errors=True)
+                else:
+                    entry.unlink(missing_ok=True)
 
     def save(self, task: TrainingTask, step: int, progress: Mapping[str, Any]) -> Path:
         """Write the complete state of `task` after `step` steps and return its path.

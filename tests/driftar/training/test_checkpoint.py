@@ -250,6 +250,7 @@ def test_a_save_that_dies_at_any_call_loses_nothing(
         os._exit(0)
     os.waitpid(pid, 0)
     store.clean_stale()
+    assert not [entry for entry in tmp_path.iterdir() if ".tmp-" in entry.name]
     restored = store.restore_newest(FakeTask())
     assert restored is not None and restored[0] in (1, 2)
 
