@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <type_traits>
 
 namespace driftar::cpu {
 
@@ -149,6 +150,22 @@ struct Numbers {
   }
 };
 
+// Calls run(call) for a batch of problems with what both looks at their forces share.
+template <typename Run>
+void with_forces_of_many(const DriftTensors& x, const DriftSetting& setting, const Tensor& balances,
+                         std::vector<double>& squares, const Run& run) {
+  dispatch_floating(x.gen.scalar_type(), [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    using acc_t = accumulate_t<scalar_t>;
+    DriftBatch<scalar_t> call{drift_points<scalar_t>(x)};
+    const Numbers<acc_t> numbers(setting);
+    numbers.fill(call, setting);
+    call.balances = balances.mutable_data_ptr<acc_t>();
+    call.squares = squares.data();
+    run(call);
+  });
+}
+
 }  // namespace
 
 bool DriftTensors::many_small() const {
@@ -253,15 +270,9 @@ std::pair<Tensor, std::vector<double>> sum_forces(const Tensor& raw,
 std::vector<double> many_squares(const DriftTensors& x, const DriftSetting& setting,
                                  const Tensor& grams, const Tensor& balances) {
   std::vector<double> partial(x.batch() * setting.temperatures.size());
-  dispatch_floating(x.gen.scalar_type(), [&](auto tag) {
-    using scalar_t = typename decltype(tag)::type;
-    using acc_t = accumulate_t<scalar_t>;
-    DriftBatch<scalar_t> call{drift_points<scalar_t>(x)};
-    const Numbers<acc_t> numbers(setting);
-    numbers.fill(call, setting);
+  with_forces_of_many(x, setting, balances, partial, [&](auto& call) {
+    using acc_t = std::remove_pointer_t<decltype(call.grams)>;
     if (grams.numel() > 0) call.grams = grams.mutable_data_ptr<acc_t>();
-    call.balances = balances.mutable_data_ptr<acc_t>();
-    call.squares = partial.data();
     each_problem(call, x.weights.options(),
                  [&](auto kernel, int64_t b, auto* memory) { kernel.squares(call, b, memory); });
   });
@@ -274,17 +285,11 @@ std::pair<Tensor, std::vector<double>> many_forces(const DriftTensors& x,
                                                    const std::vector<double>& factors) {
   const Tensor force = empty_large(x.gen.sizes(), x.weights.options());
   std::vector<double> squares(x.batch());
-  dispatch_floating(x.gen.scalar_type(), [&](auto tag) {
-    using scalar_t = typename decltype(tag)::type;
-    using acc_t = accumulate_t<scalar_t>;
-    DriftBatch<scalar_t> call{drift_points<scalar_t>(x)};
-    const Numbers<acc_t> numbers(setting);
-    numbers.fill(call, setting);
+  with_forces_of_many(x, setting, balances, squares, [&](auto& call) {
+    using acc_t = std::remove_pointer_t<decltype(call.force)>;
     const std::vector<acc_t> values(factors.begin(), factors.end());
-    call.balances = balances.mutable_data_ptr<acc_t>();
     call.factors = values.data();
     call.force = force.mutable_data_ptr<acc_t>();
-    call.squares = squares.data();
     each_problem(call, x.weights.options(),
                  [&](auto kernel, int64_t b, auto* memory) { kernel.combine(call, b, memory); });
   });
